@@ -1,0 +1,55 @@
+"""The quickstart: a causal VAE and an MM-DiT for a small world of moving shapes, minutes on two CPU cores.
+
+    python -m vgjax.train --config configs/quickstart.py:vae --workdir runs/quickstart/vae
+    python -m vgjax.train --config configs/quickstart.py:dit --workdir runs/quickstart/dit
+
+The world is rendered once to H.264 files beside the workdirs and read back as any folder of videos would be.
+"""
+
+from ml_collections import ConfigDict
+
+
+def data() -> dict:
+    return dict(
+        kind="shapes",
+        world="small",
+        path="{workdir}/../data",
+        count=2000,
+        held_out=128,
+        frames=17,
+        size=(32, 32),
+        fps=8.0,
+        workers=1,
+        max_bad=0.1,
+    )
+
+
+def get_config(arg: str = "dit") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.precision = "auto"
+    config.data = data()
+    config.layout = dict(kind="dp", devices=0)
+    if arg == "vae":
+        config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-4)))
+        config.model = dict(kind="causal_vae", size="tiny")
+        config.optim = dict(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
+        config.train = dict(steps=400, batch=16, log_every=20, image_every=200, save_every=100)
+        config.evaluate = dict(clips=64)
+    elif arg == "dit":
+        config.objective = dict(kind="flow", bins=4)
+        config.model = dict(kind="mmdit", size="quickstart")
+        config.tokenizer = dict(kind="words", length=16)
+        config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
+        config.time = dict(kind="logit_normal", loc=0.0, scale=1.0)
+        config.shift = dict(factor=1.0)
+        config.vae = "{workdir}/../vae"
+        config.latents = "{workdir}/../latents"
+        config.data.drop_caption = 0.1
+        config.optim = dict(lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
+        config.train = dict(steps=1000, batch=32, log_every=20, image_every=500, save_every=200)
+        config.evaluate = dict(clips=64, prompts=64)
+        config.sample = dict(steps=24, cfg=3.0)
+    else:
+        raise ValueError(f"configs/quickstart.py:{arg} is unknown: use vae or dit")
+    return config

@@ -1,0 +1,24 @@
+# Sourced by the other launchers: `install EXTRA` makes the virtual environment and installs vgjax with that extra.
+# A stamp of pyproject.toml makes the second start immediate.
+install() {
+  local extra=$1 venv=${VGJAX_VENV:-.venv} stamp
+  command -v "${PYTHON:-python3}" >/dev/null || { echo "error: python3 is missing: install Python 3.11 or newer" >&2; exit 2; }
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $("${PYTHON:-python3}" --version) is too old: vgjax needs Python 3.11 or newer (set PYTHON=...)" >&2; exit 2; }
+  stamp="$venv/.vgjax-${extra:-cpu}-$(sha256sum pyproject.toml | cut -c1-16)"
+  [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+  # shellcheck disable=SC1091
+  source "$venv/bin/activate"
+  if [ ! -e "$stamp" ]; then
+    echo "installing vgjax${extra:+[$extra]} into $venv"
+    python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+    touch "$stamp"
+  fi
+}
+
+# The extra for the accelerator of this machine: cuda, tpu or nothing.
+accelerator() {
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda
+  elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then echo tpu
+  fi
+}

@@ -1,0 +1,30 @@
+"""The straight path and the keys of its noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vgjax.flow.path import Straight, sample_keys
+
+
+def test_path_starts_in_noise_ends_in_data_and_moves_at_its_velocity():
+    noise, data = jax.random.normal(jax.random.key(0), (2, 3, 2, 4, 4, 5))
+    for t, expected in ((0.0, noise), (1.0, data), (0.25, 0.75 * noise + 0.25 * data)):
+        x, v = Straight().mix(noise, data, jnp.full((3,), t))
+        np.testing.assert_allclose(x, expected, atol=1e-6)
+        np.testing.assert_allclose(v, data - noise, atol=1e-6)
+
+
+def test_every_sample_has_its_own_time():
+    noise, data = jnp.zeros((3, 2)), jnp.ones((3, 2))
+    x, _ = Straight().mix(noise, data, jnp.array([0.1, 0.5, 0.9]))
+    np.testing.assert_allclose(x[:, 0], [0.1, 0.5, 0.9], atol=1e-7)
+
+
+def test_a_sample_key_depends_on_its_global_index_alone():
+    key = jax.random.key(3)
+    whole = jax.random.key_data(sample_keys(key, jnp.arange(8, dtype=jnp.uint32)))
+    for order in ([5], [7, 0, 5], [5, 4]):
+        some = jax.random.key_data(sample_keys(key, jnp.array(order, jnp.uint32)))
+        np.testing.assert_array_equal(some, whole[np.array(order)])
+    assert len(np.unique(np.asarray(whole), axis=0)) == 8

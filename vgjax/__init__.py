@@ -1,0 +1,1 @@
+"""Train and sample text-to-video models in JAX."""

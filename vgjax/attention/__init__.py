@@ -1,0 +1,1 @@
+"""Attention without parameters: frozen dataclasses `attn(q, k, v, segments) -> o` that compose."""

@@ -1,0 +1,119 @@
+"""Full softmax attention (Vaswani et al. 2017), in the form that is fastest on the platform at hand.
+
+The forms give the same numbers; `Full.__call__` is the one place that chooses. Softmax is computed in fp32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+
+from vgjax.attention.segments import Segments, allowed
+from vgjax.sharding import platform
+from vgjax.typing import Array, Bool, Float
+
+# CPU, measured by benchmarks/attention.py: below this many scores a head the batched form is as fast, above it
+# the batched matmuls of XLA fall out of cache and one head at a time wins (2-4x at 2048 tokens).
+SMALL = 160 * 160
+# cuDNN takes segments as a dense bias; past this many bytes the chunked form needs less memory than the bias alone.
+BIAS_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every query sees every key of its segment.
+
+    chunk: queries handled at a time where no fused kernel serves; memory grows with chunk x keys, not queries x keys.
+    """
+
+    chunk: int = 512
+
+    def __call__(
+        self,
+        q: Float[Array, "b n h k"],
+        k: Float[Array, "b m h k"],
+        v: Float[Array, "b m h k"],
+        segments: Segments | None = None,
+    ) -> Float[Array, "b n h k"]:
+        where = platform()
+        if where == "gpu" and _cudnn_takes(q, k, segments):
+            return _cudnn(q, k, v, segments)
+        form = partial(_by_chunks, chunk=self.chunk)
+        if where == "cpu":
+            form = _batched if q.shape[1] * k.shape[1] <= SMALL else partial(_by_heads, chunk=self.chunk)
+        q, k, v = (rearrange(a, "b n h k -> b h n k") for a in (q, k, v))
+        return rearrange(form(q, k, v, segments), "b h n k -> b n h k")
+
+
+def _batched(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    """All heads (`b h n k`) in two batched matmuls."""
+    return _attend(q, k, v, None if segments is None else allowed(segments)[:, None])
+
+
+def _by_chunks(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
+    """`chunk` queries of all heads at a time; the backward pass recomputes their scores."""
+    n = q.shape[2]
+    if n <= chunk:
+        return _batched(q, k, v, segments)
+    count = -(-n // chunk)
+    q = rearrange(_pad(q, 2, count), "b h (c n) k -> c b h n k", c=count)
+    ids = None if segments is None else rearrange(_pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
+
+    @jax.checkpoint
+    def one(part: tuple[Array, Array | None]) -> Array:
+        return _batched(part[0], k, v, None if segments is None else Segments(part[1], segments.kv))
+
+    return rearrange(jax.lax.map(one, (q, ids)), "c b h n k -> b h (c n) k")[:, :, :n]
+
+
+def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
+    """One head of one sample at a time, its queries in chunks: plain 2-D matmuls, which XLA's CPU backend does best."""
+    heads = q.shape[1]
+
+    def one(head: tuple[Array, Array, Array, Segments | None]) -> Array:
+        q, k, v = (a[None, None] for a in head[:3])
+        ids = None if segments is None else jax.tree.map(lambda a: a[None], head[3])
+        return _by_chunks(q, k, v, ids, chunk)[0, 0]
+
+    ids = None if segments is None else Segments(*(repeat(a, "b n -> (b h) n", h=heads) for a in segments))
+    qkv = (rearrange(a, "b h n k -> (b h) n k") for a in (q, k, v))
+    return rearrange(jax.lax.map(jax.checkpoint(one), (*qkv, ids)), "(b h) n k -> b h n k", h=heads)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "..."] | None) -> Array:
+    """Softmax attention over the last two dims of `... n k`; `mask` broadcasts to `... n m`."""
+    scores = jnp.einsum("...nk,...mk->...nm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+        return jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v)
+    scores = jnp.where(mask, scores, -1e30)
+    # The floor makes a row without keys underflow to exact zeros, and its sum is then held away from 0: no NaN, and
+    # no gradient. A row with keys has a sum of at least 1.
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e20)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(top))
+    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5)
+    return jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v)
+
+
+def _cudnn_takes(q: Array, k: Array, segments: Segments | None) -> bool:
+    bias = 0 if segments is None else 2 * q.shape[0] * q.shape[1] * k.shape[1]
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and bias <= BIAS_BYTES
+
+
+def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    """cuDNN's fused kernel. With a mask its backward wants even lengths, and rows without keys come out as a mean."""
+    if segments is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    n = q.shape[1]
+    q, k, v = (_pad(a, 1, 2) for a in (q, k, v))
+    mask = allowed(Segments(*(_pad(a, 1, 2) for a in segments)))
+    o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], o, 0)[:, :n]
+
+
+def _pad(x: Array, dim: int, multiple: int) -> Array:
+    """Zeros at the end of `dim`, up to a length that `multiple` divides."""
+    extra = -x.shape[dim] % multiple
+    return jnp.pad(x, [(0, extra if i == dim else 0) for i in range(x.ndim)]) if extra else x

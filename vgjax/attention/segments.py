@@ -1,0 +1,25 @@
+"""Who may see whom: one integer a token. A query sees the keys that carry its own id; 0 is padding."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from vgjax.typing import Array, Bool, Int
+
+
+class Segments(NamedTuple):
+    """Segment ids of queries and keys. A query with id 0, or with no key of its id, gets an output of 0."""
+
+    q: Int[Array, "b n"]
+    kv: Int[Array, "b m"]
+
+
+def padding(mask: Bool[Array, "b n"]) -> Segments:
+    """Self-attention among the tokens that `mask` keeps."""
+    ids = mask.astype(jnp.int32)
+    return Segments(ids, ids)
+
+
+def allowed(segments: Segments) -> Bool[Array, "b n m"]:
+    """The dense mask that the ids stand for."""
+    return (segments.q[:, :, None] == segments.kv[:, None, :]) & (segments.kv[:, None, :] != 0)

@@ -1,0 +1,1 @@
+"""Videos and captions to batches: `f(seed, step)`."""

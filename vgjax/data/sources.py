@@ -1,0 +1,214 @@
+"""Where records come from: a folder of videos and images, or an ArrayRecord set of precomputed latents.
+
+A source has a `kind` (the key of its arrays in a batch), a length, names of its records, and `load`. Files it knows to be
+useless when it lists itself are in `skipped`, with their reasons; what turns out bad on reading raises `Unreadable`.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from vgjax.data.decode import IMAGES, VIDEOS, Unreadable, read_clip
+from vgjax.errors import UserError
+
+
+class Bad(NamedTuple):
+    """A file that gives nothing, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The part of a video to read: frames, (height, width) in pixels, frames per second (None: every frame)."""
+
+    frames: int
+    size: tuple[int, int]
+    fps: float | None = None
+
+
+class Source(Protocol):
+    """A numbered set of captioned records."""
+
+    kind: str  # "video" or "latent"
+    path: Path
+    skipped: list[Bad]
+
+    def __len__(self) -> int: ...
+
+    def name(self, record: int) -> str:
+        """What the list of bad files calls a record; starts with `path`."""
+
+    def load(self, record: int, clip: Clip | None, rng: np.random.Generator | None) -> tuple[np.ndarray, str]:
+        """The array and the caption of a record; raises Unreadable."""
+
+
+class Folder:
+    """Videos and images under `path` with `captions.jsonl` (one {"video", "caption"} a line), or a `.txt` beside each file.
+
+    A file may have several lines, each is a record. Files in neither place are skipped, and so are lines that name a
+    missing file. Records are ordered by line, then by name.
+    """
+
+    kind = "video"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path}: no such folder of videos")
+        files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in VIDEOS + IMAGES and _seen(file, self.path))
+        self.skipped: list[Bad] = []
+        self.records: list[tuple[str, str]] = []
+        listed = set()
+        if (self.path / "captions.jsonl").exists():
+            for video, caption in _captions(self.path / "captions.jsonl"):
+                listed.add(self.path / video)
+                self._add(self.path / video, caption)
+        for file in files:
+            if file not in listed:
+                self._add(file, _beside(file))
+        if not files and not self.records:
+            raise UserError(f"{path}: the folder holds no videos or images ({' '.join(VIDEOS + IMAGES)})")
+        if not self.records:
+            bad = self.skipped[0]
+            raise UserError(f"{path}: none of {len(self.skipped)} files can be used; the first, {bad.file}: {bad.reason}")
+
+    def _add(self, file: Path, caption: str | None) -> None:
+        if not file.is_file():
+            self.skipped.append(Bad(str(file), "captions.jsonl names it, but there is no such file"))
+        elif not caption:
+            self.skipped.append(Bad(str(file), "no caption"))
+        else:
+            self.records.append((str(file), caption))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, record: int) -> str:
+        return self.records[record][0]
+
+    def load(self, record: int, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, str]:
+        file, caption = self.records[record]
+        return read_clip(file, clip.frames, clip.size, clip.fps, rng), caption
+
+
+def _seen(file: Path, root: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(root).parts)  # half-written files are hidden
+
+
+def _beside(file: Path) -> str | None:
+    text = file.with_suffix(".txt")
+    try:
+        return text.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _captions(path: Path) -> Iterator[tuple[str, str]]:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line.decode("utf-8-sig"))
+                video, caption = entry["video"], entry["caption"]
+                if not (isinstance(video, str) and isinstance(caption, str)):
+                    raise TypeError("both must be strings")
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{path}:{number}: expected one {{"video": "name.mp4", "caption": "..."}} a line, got '
+                    f"{line[:80].decode(errors='replace').strip()!r} ({type(error).__name__}: {error})"
+                ) from error
+            yield video, caption.strip()
+
+
+class Latents:
+    """Latents written by `LatentWriter`: f32 `t h w c` and captions; `meta` says which VAE made them."""
+
+    kind = "latent"
+
+    def __init__(self, path: str | Path):
+        from grain.sources import ArrayRecordDataSource  # here: grain takes a second to import
+
+        self.path, self.skipped = Path(path), []
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
+            self.records = ArrayRecordDataSource(str(self.path / "latents.array_record"))
+            found = len(self.records)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: no finished set of latents here ({error}); write one with vgjax.encode") from error
+        if found != self.meta["count"] or not found:
+            raise UserError(f"{path}: meta.json promises {self.meta['count']} latents, the file holds {found}; encode again")
+
+    def __len__(self) -> int:
+        return self.meta["count"]
+
+    def name(self, record: int) -> str:
+        return f"{self.path / 'latents.array_record'}#{record}"
+
+    def load(self, record: int, clip: Clip | None = None, rng: np.random.Generator | None = None) -> tuple[np.ndarray, str]:
+        try:
+            packed = self.records[record]
+            (size,) = struct.unpack_from("<I", packed)
+            head = json.loads(packed[4 : 4 + size])
+            latent = np.frombuffer(packed, "<f4", offset=4 + size).reshape(self.meta["shape"])
+        except (RuntimeError, ValueError, struct.error, KeyError) as error:
+            raise Unreadable(f"the record is damaged: {error}") from error
+        return latent, head["caption"]
+
+
+class LatentWriter:
+    """Writes latents as ArrayRecord: `with LatentWriter(path, meta) as writer: writer.add(latent, caption, id)`.
+
+    Everything goes to a folder beside `path` that takes its name only when all is written; an exception leaves nothing.
+    A record is a length, a JSON head with caption and id, and the raw floats. `meta` must be JSON (the config of the VAE).
+    """
+
+    def __init__(self, path: str | Path, meta: dict[str, Any]):
+        self.path, self.meta = Path(path), meta
+        self.count, self.shape = 0, None
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        if self.path.exists():
+            raise UserError(f"{path}: already there; delete it or choose another place for the latents")
+
+    def __enter__(self) -> "LatentWriter":
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        try:
+            self.temporary.mkdir(parents=True)
+            self.writer = ArrayRecordWriter(str(self.temporary / "latents.array_record"), "group_size:1,uncompressed")
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{self.path}: latents can't be written here ({error})") from error
+        return self
+
+    def add(self, latent: Float[np.ndarray, "t h w c"], caption: str, id: int) -> None:
+        """Appends one record; all must have one shape."""
+        self.shape = self.shape or latent.shape
+        if latent.shape != self.shape:
+            raise UserError(f"{self.path}: latents of one set have one shape, got {latent.shape} after {self.shape}")
+        head = json.dumps({"caption": caption, "id": int(id)}).encode()
+        self.writer.write(struct.pack("<I", len(head)) + head + np.ascontiguousarray(latent, "<f4").tobytes())
+        self.count += 1
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.writer.close()
+            if kind is None and self.count:
+                meta = {"meta": self.meta, "shape": self.shape, "count": self.count}
+                (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+                os.rename(self.temporary, self.path)
+        except (OSError, RuntimeError) as problem:
+            raise UserError(f"{self.path}: latents can't be written here ({problem})") from problem
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if kind is None and not self.count:
+            raise UserError(f"{self.path}: there is not one latent to write")

@@ -1,0 +1,125 @@
+"""From a record number to a training sample; every random choice is drawn from (seed, sample index) alone."""
+
+import fcntl
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grain.transforms import MapWithIndex
+
+from vgjax.data.decode import Unreadable
+from vgjax.data.sources import Clip, Source
+from vgjax.data.text import Bytes, Words
+from vgjax.errors import UserError
+
+
+class BadFiles:
+    """The list of files that gave nothing: one {"file", "reason"} a line, each file once, shared by worker processes.
+
+    `path=None` keeps the list in memory. `under` counts only files whose name starts with it (one data set of several).
+    """
+
+    def __init__(self, path: str | Path | None, under: str = ""):
+        self.path, self.under = path and Path(path), under
+        self.known: dict[str, str] = {}
+
+    def add(self, file: str, reason: str) -> None:
+        """Lists a file, unless it is there; safe against other processes and against lines cut off by a kill."""
+        if file in self.known:
+            return
+        self.known[file] = reason
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as lines:
+                fcntl.flock(lines, fcntl.LOCK_EX)
+                lines.seek(0)
+                text = lines.read()
+                if file not in _parse(text):
+                    start = b"\n" if text and not text.endswith(b"\n") else b""
+                    lines.write(start + json.dumps({"file": file, "reason": reason}).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: the list of bad files can't be written ({error.strerror})") from error
+
+    def entries(self) -> dict[str, str]:
+        """File -> reason, in the order of discovery."""
+        found = self.known
+        if self.path is not None:
+            found = _parse(self.path.read_bytes()) if self.path.exists() else {}
+        return {file: reason for file, reason in found.items() if file.startswith(self.under)}
+
+    @property
+    def count(self) -> int:
+        return len(self.entries())
+
+    def share(self, total: int) -> float:
+        """Bad files as a share of `total`."""
+        return self.count / max(1, total)
+
+    def check(self, total: int, allowed: float) -> None:
+        """Raises UserError when more than the allowed share is bad."""
+        bad = self.entries()
+        if len(bad) > allowed * total:
+            file, reason = next(iter(bad.items()))
+            where = "" if self.path is None else f"; the list is {self.path}, delete it to have mended files tried again"
+            raise UserError(
+                f"{len(bad)} of {total} files in {self.under or 'the source'} are bad, more than the allowed share of "
+                f"{allowed:g}; the first is {file} ({reason}){where}"
+            )
+
+
+def _parse(text: bytes) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            found.setdefault(entry["file"], entry["reason"])
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by a kill
+    return found
+
+
+@dataclass
+class Load(MapWithIndex):
+    """Record number -> sample: array, tokens, mask, index, id. A bad record is replaced by the next good one.
+
+    The replacement depends on nothing but the files, so a sample stays a function of (seed, index).
+    """
+
+    source: Source
+    clip: Clip | None
+    tokenizer: Bytes | Words
+    drop_caption: float
+    seed: int
+    bad: BadFiles
+    max_bad: float
+
+    def map_with_index(self, index: int, record: int) -> dict[str, Any]:
+        dropped = np.random.default_rng((self.seed, index)).random() < self.drop_caption
+        for attempt in range(len(self.source)):
+            number = (int(record) + attempt) % len(self.source)
+            rng = np.random.default_rng((self.seed, index, attempt))
+            try:
+                array, caption = self.source.load(number, self.clip, rng)
+            except Unreadable as error:
+                self.bad.add(self.source.name(number), str(error))
+                self.bad.check(total(self.source), self.max_bad)
+                continue
+            text, mask = self.tokenizer("" if dropped else caption)
+            return {
+                self.source.kind: array,
+                "text": text,
+                "mask": mask,
+                "index": np.uint32(index % 2**32),
+                "id": np.int32(number),
+            }
+        raise UserError(f"{self.source.path}: not one of {len(self.source)} records can be read; see {self.bad.path}")
+
+
+def total(source: Source) -> int:
+    """Distinct files of a source, the skipped ones included."""
+    names = {source.name(i) for i in range(len(source))} | {bad.file for bad in source.skipped}
+    return len(names)

@@ -1,0 +1,67 @@
+"""What may go wrong and with which exit code the process says so.
+
+A `UserError` is one sentence that a stranger can act on: what is wrong, where, what would do. `door` wraps the
+`main` of every entry point: user errors become that sentence and a documented exit code, everything else keeps its
+traceback. Schedulers restart on `RESTARTABLE` codes only.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+
+OK = 0
+CRASH = 1  # a bug: the traceback is printed
+USER = 2  # bad input or configuration: restarting changes nothing
+DIVERGED = 3  # too many non-finite steps in a row; the last good checkpoint is untouched
+STORAGE = 4  # a checkpoint could not be written or no good one could be read
+LOADER = 5  # the data loader died
+PREEMPTED = 75  # state saved after SIGTERM: start the same command again (EX_TEMPFAIL)
+RESTARTABLE = (LOADER, PREEMPTED)
+
+
+class UserError(ValueError):
+    """Bad input or configuration, said in one sentence."""
+
+    code = USER
+
+
+class Diverged(UserError):
+    """Training stopped because step after step was not finite."""
+
+    code = DIVERGED
+
+
+class StorageError(UserError):
+    """A checkpoint could not be written, or none that is good could be read."""
+
+    code = STORAGE
+
+
+class LoaderError(UserError):
+    """A data worker died or stopped answering."""
+
+    code = LOADER
+
+
+class Preempted(UserError):
+    """The scheduler asked to stop; everything is saved."""
+
+    code = PREEMPTED
+
+
+def door(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], None]:
+    """Wraps `main(argv) -> exit code` so that every failure ends in one sentence and a non-zero exit code."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            code = main(sys.argv if argv is None else argv) or OK
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = error.code
+        except KeyboardInterrupt:
+            print("error: interrupted; start the same command again to continue", file=sys.stderr, flush=True)
+            code = 130
+        sys.exit(code)
+
+    return run

@@ -1,0 +1,228 @@
+"""Metrics over a checkpoint: `python -m vgjax.evaluate --checkpoint DIR`, as a table and `evaluation.json`.
+
+For a VAE: PSNR and SSIM on held-out clips. For a flow: velocity loss in timestep bins with fixed noise, its VAE's PSNR
+and SSIM, and, in a world that can be read by rules, how often a sampled clip shows what its caption says. With
+`nearest`, whether each caption's sample lies nearest to its own training clip in latent space.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vgjax import checkpoint, experiment, program, video
+from vgjax.data import pipeline, shapes
+from vgjax.errors import UserError, door
+from vgjax.flow.path import sample_keys
+from vgjax.metrics import prompt
+from vgjax.metrics.psnr import psnr, ssim
+from vgjax.models.causal_vae import latent_stats
+from vgjax.objectives.flow import FlowObjective
+from vgjax.objectives.vae import from_uint8, to_uint8
+from vgjax.sample import Sampler, settings_of
+from vgjax.typing import Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The `evaluate` section: how many held-out clips and prompts; `path` holds held-out videos of a folder."""
+
+    clips: int = 64
+    prompts: int = 64
+    nearest: bool = False
+    path: str = ""
+
+
+def reconstruction(vae: Any, params: Params, clips: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    """(reconstructions uint8, mean PSNR in dB and SSIM over the clips) of a VAE's mean latents."""
+
+    @jax.jit
+    def one(params: Params, clip: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean, _ = vae.apply({"params": params}, from_uint8(clip), method="encode")
+        out = to_uint8(vae.apply({"params": params}, mean, method="decode"))
+        return out, psnr(from_uint8(out), from_uint8(clip)), ssim(from_uint8(out), from_uint8(clip))
+
+    parts = [one(params, clips[i : i + 1]) for i in range(len(clips))]
+    out, decibel, similar = (np.concatenate([np.asarray(part[k]) for part in parts]) for k in range(3))
+    return out, {"psnr": float(decibel.mean()), "ssim": float(similar.mean())}
+
+
+def losses(sampler: Sampler, clips: list[dict[str, Any]], per_bin: int = 2) -> dict[str, float]:
+    """Velocity loss of EMA weights on held-out clips: `per_bin` fixed times a bin, noise fixed by clip and time."""
+    objective: FlowObjective = sampler.experiment.objective
+    tokens = [sampler.experiment.tokenizer(clip["caption"]) for clip in clips]
+    raw = {
+        "video": np.stack([clip["video"] for clip in clips]),
+        "text": np.stack([ids for ids, _ in tokens]),
+        "mask": np.stack([mask for _, mask in tokens]),
+        "index": np.arange(len(clips), dtype=np.uint32),
+    }
+    prepare = jax.jit(objective.prepare)
+
+    @jax.jit
+    def at(params: Params, batch: PyTree, t: jax.Array, key: jax.Array) -> jax.Array:
+        return objective.errors(params, batch, jnp.full(batch["index"].shape, t), sample_keys(key, batch["index"]))
+
+    size, bins, table = 16, objective.bins, {}
+    groups = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], raw) for i in range(0, len(clips), size)]
+    groups = [prepare(sampler.frozen, group) for group in groups]
+    for i in range(bins):
+        values = []
+        for j in range(per_bin):
+            t, key = (i + (j + 0.5) / per_bin) / bins, jax.random.fold_in(jax.random.key(0), i * per_bin + j)
+            values += [np.asarray(at(sampler.params, group, t, key)) for group in groups]
+        table[f"loss/t{i}"] = float(np.concatenate(values).mean())
+    table["loss"] = float(np.mean(list(table.values())))
+    return table
+
+
+def prompt_accuracy(sampler: Sampler, captions: list[str], world: shapes.World, seed: int = 0) -> dict[str, float]:
+    """Share of sampled clips that show the colour, shape and motion of their caption, and all of them."""
+    return prompt.accuracy(sampler(captions, seed=seed), captions, world)
+
+
+def nearest(sampler: Sampler, source: Any, per_clip: int = 4, windows: int = 16, seed: int = 0) -> dict[str, Any]:
+    """Whether each caption's sample lies nearest, among windows of every clip, to its own clip (latent L2)."""
+    data, objective = sampler.experiment.config.data, sampler.experiment.objective
+    how = {"frames": data.frames, "size": tuple(data.size), "fps": data.fps}
+    names, captions, latents = [], [], []
+    encode = jax.jit(lambda batch: objective.prepare(sampler.frozen, batch)["x"])
+    for clip in pipeline.examples(source, windows=windows, **how):
+        if clip["caption"] not in captions:
+            captions.append(clip["caption"])
+            names.append(clip["name"])
+            latents.append([])
+        latents[-1].append(np.asarray(encode({"video": clip["video"][None]})[0]))
+    wanted = [caption for caption in captions for _ in range(per_clip)]
+    samples = np.asarray(sampler.latents(wanted, seed=seed))
+    distance = np.stack([[min(float(np.square(s - z).mean()) for z in clip) for clip in latents] for s in samples])
+    of_caption = distance.reshape(len(captions), per_clip, len(captions))
+    first = of_caption[:, 0].argmin(-1) == np.arange(len(captions))
+    every = of_caption.argmin(-1) == np.arange(len(captions))[:, None]
+    return {
+        "right": int(first.sum()),
+        "of": len(captions),
+        "share_of_all_samples": float(every.mean()),
+        "nearest": {name: names[int(row[0].argmin())] for name, row in zip(names, of_caption, strict=True)},
+    }
+
+
+def clips_of(source: Any, config: ConfigDict, count: int) -> list[dict[str, Any]]:
+    """The first `count` readable clips of a source, centre crop, first window."""
+    data = config.data
+    clips = pipeline.examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps)
+    found = list(itertools.islice(clips, count))
+    if not found:
+        raise UserError(f"no readable clip in {source.path} to evaluate on")
+    return found
+
+
+def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyTree) -> dict[str, Any]:
+    """Every figure that applies to this checkpoint."""
+    config = built.config
+    clips = clips_of(experiment.source(config, "val"), config, plan.clips)
+    videos = np.stack([clip["video"] for clip in clips])
+    if not isinstance(built.objective, FlowObjective):
+        return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
+    sampler = Sampler(built, params, frozen, settings_of(config))
+    table = {"vae": reconstruction(built.vae, frozen["vae"], videos)[1], "loss": losses(sampler, clips)}
+    if config.data.kind == "shapes":
+        world = experiment.world_of(config)
+        for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
+            captions = experiment.source(config, split).captions()[: plan.prompts]
+            table[name] = prompt_accuracy(sampler, captions, world)
+    if plan.nearest:
+        table["nearest"] = nearest(sampler, experiment.source(config, "train"))
+    return table
+
+
+class Show:
+    """What a running training shows of itself: pictures, scores, and the statistics its checkpoints carry."""
+
+    def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: list, log: Any):
+        self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
+        self.flow = isinstance(built.objective, FlowObjective)
+        self.plan = experiment.call("config.evaluate", Plan, self.config.evaluate)
+
+    def statistics(self, ema: Params) -> dict[str, Any]:
+        """Per-channel mean and std of a VAE's latents over the run's first batches; nothing for a flow."""
+        if self.flow:
+            return {}
+        vae = self.built.vae
+        encode = jax.jit(lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0])
+        mean, std = latent_stats(jnp.concatenate([encode(ema["vae"], batch["video"]) for batch in self.batches]))
+        return {"stats": [np.asarray(mean).tolist(), np.asarray(std).tolist()]}
+
+    def images(self, number: int, ema: Params, count: int = 6) -> None:
+        """Samples of held-out captions, or reconstructions under their originals, as a contact sheet."""
+        source = experiment.source(self.config, "val")
+        if self.flow:
+            captions = source.captions()[:count]
+            videos = self._sampler(ema)(captions, batch=len(captions))
+            self.log.images(number, "samples", video.contact_sheet(videos, captions))
+            return
+        clips = clips_of(source, self.config, count)
+        originals = np.stack([clip["video"] for clip in clips])
+        out, _ = reconstruction(self.built.vae, ema["vae"], originals)
+        rows = [row for pair in zip(originals, out, strict=True) for row in pair]
+        names = [name for clip in clips for name in (clip["caption"], "reconstruction")]
+        self.log.images(number, "reconstructions", video.contact_sheet(rows, names))
+
+    def scores(self, number: int, ema: Params) -> None:
+        """The evaluation's figures into the log, from the weights that sampling would use."""
+        table = report(self.built, self.plan, ema, self.frozen)
+        self.log.scalars(number, {f"evaluate/{key}": value for key, value in flat(table).items()})
+
+    def _sampler(self, ema: Params) -> Sampler:
+        return Sampler(self.built, ema, self.frozen, settings_of(self.config))
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """`{"a": {"b": 1}}` to `{"a/b": 1}`, numbers only."""
+    out = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            out[prefix + key] = value
+    return out
+
+
+@door
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m vgjax.evaluate", description="Measures a checkpoint.")
+    parser.add_argument("--checkpoint", required=True, help="training workdir, its checkpoints or one step")
+    parser.add_argument("--data", help="folder of held-out videos, instead of the config's")
+    parser.add_argument("--clips", type=int, help="held-out clips")
+    parser.add_argument("--prompts", type=int, help="prompts of each kind")
+    parser.add_argument("--weights", default="ema", choices=("ema", "params"))
+    parser.add_argument("--out", help="JSON file, default: evaluation.json in the workdir")
+    args = parser.parse_args(argv[1:])
+    tree, meta, number = checkpoint.load(args.checkpoint, items=(args.weights,))
+    config, frozen, of_vae = ConfigDict(meta["config"]), {}, None
+    if args.data:
+        config.evaluate.path = args.data
+    workdir = checkpoint.workdir_of(args.checkpoint)
+    if config.objective.kind == "flow":
+        of_vae, frozen = experiment.frozen_vae(workdir / "vae")
+    plan = experiment.call("config.evaluate", Plan, config.evaluate)
+    given = {key: getattr(args, key) for key in ("clips", "prompts") if getattr(args, key) is not None}
+    table = report(experiment.build(config, of_vae), dataclasses.replace(plan, **given), tree[args.weights], frozen)
+    for name, value in flat(table).items():
+        print(f"{name:<48}{value:>10.4f}")
+    out = Path(args.out or workdir / "evaluation.json")
+    out.write_text(json.dumps({"checkpoint": str(args.checkpoint), "step": number, **table}, indent=1))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    program.start()
+    main()

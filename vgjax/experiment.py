@@ -1,0 +1,239 @@
+"""ConfigDict to the things it names: the door where every user error of a configuration is caught.
+
+Each section of a config is the keyword arguments of the thing it builds, `kind` names which, `size` a row of the
+model's SIZES table; there is no twin config class. Keys and simple types are checked against the signature of the
+callable, so an unknown key is refused with the list of known ones.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from vgjax import checkpoint, optim
+from vgjax.data import shapes, text
+from vgjax.data.sources import Folder
+from vgjax.errors import UserError
+from vgjax.flow.time import TIMES, Shift
+from vgjax.models import causal_vae, mmdit
+from vgjax.models.text import TextEncoder
+from vgjax.objectives.flow import FlowObjective
+from vgjax.objectives.vae import VAEObjective
+from vgjax.typing import PyTree
+
+MODELS = {
+    "causal_vae": (causal_vae.CausalVAE, causal_vae.SIZES),
+    "mmdit": (mmdit.MMDiT, mmdit.SIZES),
+}
+TOKENIZERS = {"bytes": text.Bytes, "words": text.Words}
+SECTIONS = {
+    "vae": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"},
+    "flow": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"}
+    | {"tokenizer", "text", "time", "shift", "vae", "latents", "sample"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes, built: the objective with its modules, and how captions become tokens."""
+
+    config: ConfigDict
+    objective: FlowObjective | VAEObjective
+    tokenizer: text.Bytes | text.Words
+
+    @property
+    def vae(self) -> causal_vae.CausalVAE:
+        return self.objective.vae if isinstance(self.objective, FlowObjective) else self.objective.model
+
+
+def call(where: str, function: Callable[..., Any], section: Mapping[str, Any], **given: Any) -> Any:
+    """`function(**section, **given)`, each key and simple type of the section checked against the signature."""
+    known = {name: p for name, p in inspect.signature(function).parameters.items() if name not in ("parent", "name")}
+    open_keys = [name for name in known if name not in given]
+    for key, value in section.items():
+        if key not in open_keys:
+            raise UserError(f"{where}.{key} is unknown: known keys are {', '.join(sorted(open_keys))}")
+        _check_type(f"{where}.{key}", value, known[key].annotation)
+    missing = [name for name in open_keys if name not in section and known[name].default is inspect.Parameter.empty]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    return function(**{key: _plain(value) for key, value in section.items()}, **given)
+
+
+def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(what `kind` names in the table, the rest of the section)."""
+    rest = dict(section)
+    kind = rest.pop("kind", None)
+    if kind not in table:
+        raise UserError(f"{where}.kind={kind!r} is unknown: use one of {', '.join(table)}")
+    return table[kind], rest
+
+
+def model(where: str, section: Mapping[str, Any], dtype: Any) -> Any:
+    """A module from its SIZES row and overrides."""
+    (module, sizes), rest = choose(where, MODELS, section)
+    size = rest.pop("size", None)
+    if size is not None and size not in sizes:
+        raise UserError(f"{where}.size={size!r} is unknown: use one of {', '.join(sizes)}")
+    return call(where, module, {**(sizes[size] if size else {}), **rest}, dtype=dtype)
+
+
+def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
+    """The experiment of a resolved config; `vae` is the config of the frozen VAE under a flow."""
+    kind = _sections(config)
+    dtype = compute_dtype(config.precision)
+    if kind == "vae":
+        rest = {key: value for key, value in config.objective.items() if key != "kind"}
+        objective = call("config.objective", VAEObjective, rest, model=model("config.model", config.model, dtype))
+        return Experiment(config, objective, text.Bytes(1))
+    maker, rest = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
+    tokenizer = call("config.tokenizer", maker, rest)
+    frozen = model("config.model", vae.model, dtype)
+    encoder = call(
+        "config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype
+    )
+    of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
+    velocity = model("config.model", {**of_model, **config.model}, dtype)
+    law, law_rest = choose("config.time", TIMES, config.time)
+    objective = call(
+        "config.objective",
+        FlowObjective,
+        {key: value for key, value in config.objective.items() if key != "kind"},
+        model=velocity,
+        text=encoder,
+        vae=frozen,
+        time=call("config.time", law, law_rest),
+        shift=call("config.shift", Shift, config.shift),
+    )
+    return Experiment(config, objective, tokenizer)
+
+
+def compute_dtype(precision: str) -> Any:
+    """The one compute-dtype policy: bf16 on accelerators, fp32 on CPU (whose bf16 matmul is slower), or as told."""
+    table = {
+        "auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
+        "float32": jnp.float32,
+        "bfloat16": jnp.bfloat16,
+    }
+    if precision not in table:
+        raise UserError(f"config.precision={precision!r} is unknown: use one of {', '.join(table)}")
+    return table[precision]
+
+
+def optimizer(section: Mapping[str, Any], steps: int) -> tuple[optax.GradientTransformation, dict[str, Any]]:
+    """(AdamW with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
+    rest = dict(section)
+    of_step = {key: rest.pop(key) for key in ("clip", "ema", "accumulate") if key in rest}
+    of_rate = {key: rest.pop(key) for key in ("lr", "schedule", "warmup", "final") if key in rest}
+    if "schedule" in of_rate:
+        of_rate["kind"] = of_rate.pop("schedule")
+    rate = call("config.optim", optim.schedule, of_rate, steps=steps)
+    return call("config.optim", optim.adamw, rest, rate=rate), of_step
+
+
+def world_of(config: ConfigDict) -> shapes.World:
+    """The closed world of a `shapes` config at the size it is trained on."""
+    data = config.data
+    return shapes.get(data.world, size=tuple(data.size), frames=data.frames, fps=data.fps)
+
+
+def source(config: ConfigDict, split: str = "train") -> Folder:
+    """The videos of a split: the rendered world, written once as files under `data.path/split`, or the user's folder."""
+    data = config.data
+    if data.kind == "shapes":
+        world = world_of(config)
+        folder = Path(data.path) / split
+        shapes.write(world, folder, data.count if split == "train" else data.held_out, split, config.seed)
+        return Folder(folder)
+    if data.kind == "folder":
+        return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path))
+    raise UserError(f"config.data.kind={data.kind!r} is unknown: use one of folder, shapes")
+
+
+def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
+    """(config of a trained VAE, `{"vae": EMA parameters, "stats": (mean, std)}`) from its checkpoint."""
+    tree, meta, _ = checkpoint.load(path, items=("ema",))
+    if "stats" not in meta:
+        raise UserError(f"{path} holds no VAE with latent statistics: give the workdir of a finished VAE training")
+    stats = causal_vae.LatentStats(*(jnp.asarray(row, jnp.float32) for row in meta["stats"]))
+    return ConfigDict(meta["config"]), {"vae": tree["ema"]["vae"], "stats": stats}
+
+
+def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:
+    """The frozen VAE of a flow, kept as `workdir/vae` from the first start on, so that the run never loses it."""
+    own = workdir / "vae"
+    if (own / checkpoint.SUBDIR).is_dir() and checkpoint.Checkpoints(own / checkpoint.SUBDIR).steps():
+        return frozen_vae(own)
+    config, frozen = frozen_vae(path)
+    stats = [np.asarray(row).tolist() for row in frozen["stats"]]
+    copy = checkpoint.Checkpoints(own / checkpoint.SUBDIR)
+    copy.save(0, {"ema": {"vae": frozen["vae"]}}, {"config": config.to_dict(), "stats": stats}, wait=True)
+    return config, frozen
+
+
+def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config with `{workdir}` filled in, wherever a path mentions it."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: fill(inner) for key, inner in value.items()}
+        if isinstance(value, str):
+            return str(Path(value.replace("{workdir}", str(workdir))).resolve()) if "{workdir}" in value else value
+        return value
+
+    return ConfigDict(fill(config.to_dict()))
+
+
+def difference(config: ConfigDict, defaults: Mapping[str, Any]) -> list[str]:
+    """Lines `config.key = value (default: ...)` for every value that is not the file's default."""
+    ours, theirs = _flat(config.to_dict()), _flat(dict(defaults))
+    return [
+        f"config.{key} = {ours.get(key)!r} (default: {theirs.get(key)!r})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _sections(config: ConfigDict) -> str:
+    """The objective's kind, after the sections were compared with those it needs."""
+    kind = config.get("objective", {}).get("kind")
+    if kind not in SECTIONS:
+        raise UserError(f"config.objective.kind={kind!r} is unknown: use one of {', '.join(SECTIONS)}")
+    for key in config:
+        if key not in SECTIONS[kind]:
+            raise UserError(f"config.{key} is unknown: known sections are {', '.join(sorted(SECTIONS[kind]))}")
+    missing = sorted(SECTIONS[kind] - set(config))
+    if missing:
+        raise UserError(f"the config lacks {', '.join(missing)}: a {kind} config needs these sections")
+    return kind
+
+
+def _check_type(where: str, value: Any, annotation: Any) -> None:
+    allowed = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(annotation)
+    if allowed is None:
+        return
+    if not isinstance(value, allowed) or (isinstance(value, bool) and annotation is not bool):
+        raise UserError(f"{where}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """Hashable values for frozen dataclasses: lists (as JSON stores tuples) become tuples."""
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,1 @@
+"""One file = one model: its modules and its SIZES."""

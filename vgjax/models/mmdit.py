@@ -1,0 +1,258 @@
+"""MM-DiT: the velocity of a latent video, given time and text; the HunyuanVideo (2412.03603), SD3 and Flux family.
+
+Dual-stream blocks keep video and text tokens in streams of their own (QKV, MLP and modulation each) that meet in one
+joint attention; single-stream blocks then treat the joined sequence as one. The joint order is video, then text; text
+tokens sit at rotary position 0, which turns nothing. A pooled text vector, time and optionally guidance modulate.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from vgjax.attention.full import Full
+from vgjax.attention.segments import Segments, padding
+from vgjax.errors import UserError
+from vgjax.nn import patch, rope
+from vgjax.nn.embed import ScalarEmbed
+from vgjax.nn.heads import QKV, Merge
+from vgjax.nn.linear import Linear
+from vgjax.nn.mlp import MLP
+from vgjax.nn.modulation import Modulation, gated, modulate
+from vgjax.nn.norm import LayerNorm
+from vgjax.nn.stack import Stack
+from vgjax.sharding import shard
+from vgjax.typing import Array, Bool, Dtype, Float
+
+SIZES: dict[str, dict[str, Any]] = {
+    "quickstart": dict(dim=192, heads=6, double_blocks=2, single_blocks=4, refiner_blocks=1, rope_dims=(8, 12, 12)),
+    "s": dict(dim=384, heads=6, double_blocks=3, single_blocks=6),
+    "b": dict(dim=768, heads=12, double_blocks=3, single_blocks=6),
+    "l": dict(dim=1024, heads=16, double_blocks=6, single_blocks=12),
+    "2b": dict(dim=1536, heads=12, double_blocks=12, single_blocks=24, remat="full"),
+    # HunyuanVideo, 12.82 billion parameters.
+    "13b": dict(
+        dim=3072,
+        heads=24,
+        double_blocks=20,
+        single_blocks=40,
+        channels=16,
+        text_dim=4096,
+        pooled_dim=768,
+        guidance=True,
+        remat="full",
+    ),
+}
+
+Tokens = Float[Array, "b n d"]
+
+
+class MMDiT(nn.Module):
+    """`MMDiT(**SIZES["b"], channels=16, text_dim=512, pooled_dim=512)`: velocity of latents, fp32.
+
+    channels, text_dim, pooled_dim: widths of the latents, of the text tokens and of the pooled text vector.
+    rope_dims: channels of a head for t, h, w (None: like 16, 56, 56 of 128). guidance: embed a distilled guidance scale.
+    remat, scan: see `nn.stack`. dtype: of the matmuls; norms, modulation, gates and softmax are fp32.
+    """
+
+    dim: int
+    heads: int
+    double_blocks: int
+    single_blocks: int
+    channels: int
+    text_dim: int
+    pooled_dim: int
+    mlp_ratio: float = 4.0
+    patch: tuple[int, int, int] = (1, 2, 2)
+    rope_dims: tuple[int, int, int] | None = None
+    theta: float = 256.0
+    guidance: bool = False
+    refiner_blocks: int = 2
+    remat: str = "none"
+    scan: bool = True
+    attention: Any = Full()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t h w z"],
+        t: Float[Array, " b"],
+        c: Float[Array, "b m e"],
+        mask: Bool[Array, "b m"],
+        vec: Float[Array, "b p"],
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b t h w z"]:
+        """x: noisy latents; t: 0 noise to 1 data; c, mask, vec: text tokens, which of them are real, pooled text."""
+        grid = self._check(x, c, vec, guidance)
+        block = dict(heads=self.heads, inner=int(self.mlp_ratio * self.dim), attention=self.attention, dtype=self.dtype)
+        stack = partial(Stack, remat=self.remat, scan=self.scan)
+
+        condition = ScalarEmbed(self.dim, name="time")(t) + _embed(self.dim, "pooled")(vec)
+        if self.guidance:
+            condition = condition + ScalarEmbed(self.dim, name="guidance")(guidance)
+        condition = jax.nn.silu(condition)
+
+        x = Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(patch.patchify(x, self.patch))
+        c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, mask, t)
+        (n, m) = (x.shape[1], c.shape[1])
+        ids = jnp.concatenate([patch.positions(grid), jnp.zeros((m, 3), jnp.int32)])
+        turn = rope.rotation(ids[None], self._rope_dims(), self.theta)
+        segments = padding(jnp.pad(mask, ((0, 0), (n, 0)), constant_values=True))
+
+        double = stack(partial(DoubleStreamBlock, **block), self.double_blocks, name="double")
+        single = stack(partial(SingleStreamBlock, **block), self.single_blocks, name="single")
+        x, c = double((x, c), condition, turn, segments)
+        x = single(jnp.concatenate([x, c], axis=1), condition, turn, segments)[:, :n]
+
+        shift, scale = Modulation(self.dim, 2, name="modulation")(condition)
+        out = Linear(
+            math.prod(self.patch) * self.channels,
+            ("embed", None),
+            init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="velocity",
+        )(modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype))
+        return patch.unpatchify(out.astype(jnp.float32), self.patch, grid)
+
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        """Video tokens of a latent grid `t h w`; a `UserError` where the patch does not divide it."""
+        return math.prod(patch.check(grid, self.patch))
+
+    def _rope_dims(self) -> tuple[int, int, int]:
+        return self.rope_dims or rope.split(self.dim // self.heads)
+
+    def _check(self, x: Array, c: Array, vec: Array, guidance: Array | None) -> tuple[int, int, int]:
+        """The grid of patches; a `UserError` for sizes that do not fit each other."""
+        if self.dim % self.heads:
+            raise UserError(f"dim {self.dim} does not divide into heads {self.heads}")
+        rope.check(self._rope_dims(), self.dim // self.heads)
+        wanted = {"channels": (self.channels, x), "text_dim": (self.text_dim, c), "pooled_dim": (self.pooled_dim, vec)}
+        for name, (width, given) in wanted.items():
+            if given.shape[-1] != width:
+                raise UserError(f"{name} is {width} but the input has a last dim of {given.shape[-1]}")
+        if self.guidance != (guidance is not None):
+            raise UserError(f"guidance is {self.guidance} in the model: the call must {'' if self.guidance else 'not '}give it")
+        return patch.check(x.shape[1:4], self.patch)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Two streams with weights of their own, one joint attention."""
+
+    heads: int
+    inner: int
+    attention: Any
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, streams: tuple[Tokens, Tokens], condition: Array, turn: rope.Rotation, segments: Segments
+    ) -> tuple[Tokens, Tokens]:
+        x, c = streams
+        n, dim = x.shape[1:]
+        video = Stream(dim, self.heads, self.inner, self.dtype, name="video")
+        text = Stream(dim, self.heads, self.inner, self.dtype, name="text")
+        video_vectors, text_vectors = video.modulation(condition), text.modulation(condition)
+        qkv = zip(video.before(x, video_vectors), text.before(c, text_vectors), strict=True)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in qkv)
+        o = _attend(self.attention, q, k, v, turn, segments)
+        x, c = video.after(x, o[:, :n], video_vectors), text.after(c, o[:, n:], text_vectors)
+        return shard(x, "batch", "tokens", None), shard(c, "batch", "text", None)
+
+
+class Stream(nn.Module):
+    """What one stream does before and after the joint attention."""
+
+    dim: int
+    heads: int
+    inner: int
+    dtype: Dtype
+
+    def setup(self) -> None:
+        self.norm = LayerNorm()
+        self.modulation = Modulation(self.dim, 6)
+        self.qkv = QKV(self.heads, dtype=self.dtype)
+        self.merge = Merge(self.dim, dtype=self.dtype)
+        self.mlp = MLP(self.inner, dtype=self.dtype)
+
+    def before(self, x: Tokens, vectors: list[Array]) -> tuple[Array, Array, Array]:
+        shift, scale, *_ = vectors
+        return self.qkv(modulate(self.norm(x), shift, scale, self.dtype))
+
+    def after(self, x: Tokens, o: Float[Array, "b n h k"], vectors: list[Array]) -> Tokens:
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp = vectors
+        x = gated(x, self.merge(o), gate)
+        return gated(x, self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp, self.dtype)), gate_mlp)
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on the joined sequence (Dehghani et al. 2023)."""
+
+    heads: int
+    inner: int
+    attention: Any
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens, condition: Array, turn: rope.Rotation, segments: Segments) -> Tokens:
+        dim = x.shape[-1]
+        shift, scale, gate = Modulation(dim, 3, name="modulation")(condition)
+        y = modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype)
+        q, k, v = QKV(self.heads, dtype=self.dtype, name="qkv")(y)
+        o = _attend(self.attention, q, k, v, turn, segments)
+        # The one bias of the joined output projection is the MLP's.
+        out = Merge(dim, use_bias=False, dtype=self.dtype, name="merge")(o)
+        out = out + MLP(self.inner, dtype=self.dtype, name="mlp")(y)
+        return shard(gated(x, out, gate), "batch", "tokens", None)
+
+
+class TextRefiner(nn.Module):
+    """Text tokens to the model's width, through blocks gated by time and the mean of the real tokens."""
+
+    dim: int
+    blocks: int
+    block: dict[str, Any]
+    stack: Any
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "b m e"], mask: Bool[Array, "b m"], t: Float[Array, " b"]) -> Float[Array, "b m d"]:
+        x = Linear(self.dim, (None, "embed"), dtype=self.block["dtype"], name="tokens")(c)
+        if not self.blocks:
+            return x
+        weights = mask[:, :, None].astype(jnp.float32)
+        mean = jnp.sum(c * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+        condition = jax.nn.silu(ScalarEmbed(self.dim, name="time")(t) + _embed(self.dim, "pooled")(mean))
+        blocks = self.stack(partial(RefinerBlock, **self.block), self.blocks, name="blocks")
+        return blocks(x, condition, padding(mask))
+
+
+class RefinerBlock(nn.Module):
+    """A pre-norm transformer block whose two residuals are gated."""
+
+    heads: int
+    inner: int
+    attention: Any
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens, condition: Array, segments: Segments) -> Tokens:
+        gate, gate_mlp = Modulation(x.shape[-1], 2, name="modulation")(condition)
+        norm = partial(LayerNorm, affine=True, dtype=self.dtype)
+        q, k, v = QKV(self.heads, norm=False, dtype=self.dtype, name="qkv")(norm(name="norm")(x))
+        o = self.attention(q, k, v, segments)
+        x = gated(x, Merge(x.shape[-1], dtype=self.dtype, name="merge")(o), gate)
+        mlp = MLP(self.inner, act=jax.nn.silu, dtype=self.dtype, name="mlp")
+        return shard(gated(x, mlp(norm(name="norm_mlp")(x)), gate_mlp), "batch", "text", None)
+
+
+def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, segments: Segments) -> Array:
+    q, k, v = (shard(a, "batch", "tokens", "heads", None) for a in (rope.rotate(q, turn), rope.rotate(k, turn), v))
+    return checkpoint_name(attention(q, k, v, segments), "attention")
+
+
+def _embed(dim: int, name: str) -> MLP:
+    return MLP(dim, dim, act=jax.nn.silu, name=name)

@@ -1,0 +1,117 @@
+"""Causal convolution and nearest up-sampling of video: position t never sees a later frame.
+
+The causal 3D convolution of MAGVIT-v2 (Yu et al. 2023, arXiv:2310.05737): all time padding on the left, spatial padding
+symmetric. Both modules stream: while the `cache` collection is mutable each keeps the frames its next chunk will need,
+and with a cache present it continues from them, so that chunk by chunk equals the whole.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import linen as nn
+
+from vgjax.nn.linear import lecun
+from vgjax.sharding import named, platform
+from vgjax.typing import Array, Dtype, Float
+
+Padding = Literal["zeros", "replicate"]
+Triple = tuple[int, int, int]
+
+
+class CausalConv3D(nn.Module):
+    """Convolution over `b t h w c` that is causal in time.
+
+    `stride` s in time turns `1 + s*k` frames into `1 + k`; a continued stream takes `s*k` frames and gives `k`.
+    `padding` fills the frames before the first with zeros or with the first frame. Odd kernels in space.
+    """
+
+    features: int
+    kernel: Triple = (3, 3, 3)
+    stride: Triple = (1, 1, 1)
+    padding: Padding = "zeros"
+    names: tuple[str | None, str | None] = ("conv_in", "conv_out")
+    init: Callable[..., Array] = lecun
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
+        shape = (*self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", named(self.init, None, None, None, *self.names), shape, jnp.float32)
+        bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,), jnp.float32)
+        x = self._with_past(x.astype(self.dtype))
+        return conv3d(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
+
+    def _with_past(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s h w c"]:
+        """`x` behind the frames of the stream so far, or behind the padding where it starts."""
+        size, stride = self.kernel[0], self.stride[0]
+        assert size >= stride, f"time kernel {size} is smaller than the stride {stride}: frames would be skipped"
+        if size == 1:
+            return x
+        if self.has_variable("cache", "frames"):
+            past = self.get_variable("cache", "frames")
+        elif self.padding == "replicate":
+            past = repeat(x[:, :1], "b 1 h w c -> b n h w c", n=size - 1)
+        else:
+            past = jnp.zeros((x.shape[0], size - 1, *x.shape[2:]), x.dtype)
+        x = jnp.concatenate([past, x], axis=1)
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            self.put_variable("cache", "frames", x[:, x.shape[1] - (size - stride) :])
+        return x
+
+
+class CausalUpsample(nn.Module):
+    """Nearest up-sampling by whole factors: `1 + k` frames become `1 + time*k`, a continued stream `k -> time*k`."""
+
+    time: int = 1
+    space: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j c"]:
+        # Repeats, not image.resize: a gather-free copy that XLA fuses into the next convolution's input.
+        x = repeat(x, "b t h w c -> b t (h p) (w q) c", p=self.space, q=self.space)
+        if self.time == 1:
+            return x
+        started = self.has_variable("cache", "started")
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            self.put_variable("cache", "started", jnp.ones((), bool))
+        if started:
+            return repeat(x, "b t h w c -> b (t r) h w c", r=self.time)
+        rest = repeat(x[:, 1:], "b t h w c -> b (t r) h w c", r=self.time)
+        return jnp.concatenate([x[:, :1], rest], axis=1)
+
+
+def conv3d(x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple) -> Float[Array, "b s i j d"]:
+    """Convolution, unpadded in time and symmetrically zero-padded in space, in the form the platform does best."""
+    # XLA's CPU backend runs 3-D convolutions 3-4x slower than the same taps as 2-D ones (benchmarks/conv.py).
+    return conv3d_taps(x, kernel, stride) if platform() == "cpu" else conv3d_direct(x, kernel, stride)
+
+
+def conv3d_direct(
+    x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple
+) -> Float[Array, "b s i j d"]:
+    """One 3-D convolution."""
+    dims = ("NDHWC", "DHWIO", "NDHWC")
+    return jax.lax.conv_general_dilated(x, kernel, stride, ((0, 0), *_same(kernel)), dimension_numbers=dims)
+
+
+def conv3d_taps(
+    x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple
+) -> Float[Array, "b s i j d"]:
+    """The sum over time taps of 2-D convolutions with the frames folded into the batch."""
+    frames = (x.shape[1] - kernel.shape[0]) // stride[0] + 1
+
+    def tap(i: int) -> Array:
+        seen = x[:, i : i + (frames - 1) * stride[0] + 1 : stride[0]]
+        seen = rearrange(seen, "b t h w c -> (b t) h w c")
+        return jax.lax.conv_general_dilated(
+            seen, kernel[i], stride[1:], _same(kernel), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return rearrange(sum(map(tap, range(kernel.shape[0]))), "(b t) h w c -> b t h w c", t=frames)
+
+
+def _same(kernel: Array) -> list[tuple[int, int]]:
+    return [(size // 2, size // 2) for size in kernel.shape[1:3]]

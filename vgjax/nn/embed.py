@@ -1,0 +1,30 @@
+"""Scalars (time, guidance) as vectors: sinusoids and a small MLP (Ho et al. 2020, Peebles & Xie 2022)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vgjax.nn.mlp import MLP
+from vgjax.typing import Array, Float
+
+FREQUENCIES = 256  # sinusoids a scalar is turned into: the number of every open model of the family
+SCALE = 1000.0  # the period of the slowest sinusoids assumes steps 0..1000, our scalars are of order one
+
+
+def sinusoidal(x: Float[Array, " b"], dim: int = FREQUENCIES, period: float = 1e4) -> Float[Array, "b {dim}"]:
+    """`dim/2` cosines then `dim/2` sines of `x`, angular frequencies from 1 down to almost 1/period."""
+    frequencies = jnp.exp(-math.log(period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angles = x.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class ScalarEmbed(nn.Module):
+    """A scalar of order one (time in [0, 1], a guidance scale) as a vector of width `dim`, in fp32."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " b"]) -> Float[Array, "b d"]:
+        return MLP(self.dim, self.dim, act=jax.nn.silu, name="mlp")(sinusoidal(SCALE * x))

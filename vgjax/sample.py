@@ -1,0 +1,219 @@
+"""Checkpoint + prompts to mp4: `python -m vgjax.sample --checkpoint DIR --prompt "a red circle moves left" --out OUT`.
+
+The checkpoint describes itself (config, VAE, tokenizer), so no config is needed. From Python:
+
+    from vgjax.sample import load
+    videos = load("runs/quickstart/dit")(["a red circle moves left"], seed=0)  # uint8 [n, t, h, w, 3]
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vgjax import checkpoint, experiment, program, video
+from vgjax.errors import UserError, door
+from vgjax.flow.guidance import cfg as guide
+from vgjax.flow.path import sample_keys
+from vgjax.flow.steppers import STEPPERS, integrate
+from vgjax.models.causal_vae import from_unit
+from vgjax.objectives.flow import FlowObjective
+from vgjax.objectives.vae import to_uint8
+from vgjax.typing import Array, Float, Params, PyTree, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample; the defaults of a checkpoint are the `sample` section of its config."""
+
+    steps: int = 30
+    cfg: float = 3.0
+    shift: float = 1.0
+    stepper: str = "euler"
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.stepper not in STEPPERS:
+            raise UserError(f"stepper={self.stepper!r} is unknown: use one of {', '.join(STEPPERS)}")
+        if self.steps < 1 or self.batch < 1:
+            raise UserError(f"steps={self.steps} and batch={self.batch} must be at least 1")
+        if self.shift <= 0 or not 0 <= self.rescale <= 1:
+            raise UserError(f"shift={self.shift} must be positive and rescale={self.rescale} in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A trained model ready to sample: call it with captions."""
+
+    experiment: experiment.Experiment
+    params: Params
+    frozen: PyTree
+    settings: Settings
+
+    def __call__(self, captions: Sequence[str], **options: Any) -> UInt8[np.ndarray, "n t h w 3"]:
+        """Videos of `captions`; options as `latents` takes them."""
+        vae, stats = self.experiment.vae, self.frozen["stats"]
+        latents = self.latents(captions, **options)
+        decoded = [
+            np.asarray(_decode(vae, self.frozen["vae"], stats, latents[i : i + self.settings.batch]))
+            for i in range(0, len(latents), self.settings.batch)
+        ]
+        return np.concatenate(decoded)
+
+    def latents(
+        self,
+        captions: Sequence[str],
+        seed: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        negative: str = "",
+        first: int = 0,
+        **settings: Any,
+    ) -> Float[Array, "n t h w c"]:
+        """Unit-scale latents of `captions`; sample i's noise depends on `(seed, first + i)` alone.
+
+        `frames` is 1 + a multiple of the VAE's time factor, `size` is (height, width) in pixels; both default to what
+        the model was trained on. Every field of `Settings` may be given.
+        """
+        if not captions:
+            raise UserError("no prompts to sample: give --prompt or a --prompts file with one prompt a line")
+        use = dataclasses.replace(self.settings, **settings)
+        data = self.experiment.config.data
+        shape = self.experiment.vae.latent_shape(frames or data.frames, *(size or tuple(data.size)))
+        self.experiment.objective.model.tokens(shape[:3])  # refuses a grid that the patch does not divide
+        guided = use.cfg != 1.0
+        out = []
+        for start in range(0, len(captions), use.batch):
+            some = list(captions[start : start + use.batch])
+            index = np.arange(first + start, first + start + use.batch, dtype=np.uint32)
+            padded = some + [""] * (use.batch - len(some))  # one compiled size
+            texts = [self.experiment.tokenizer(text) for text in padded + [negative] * (use.batch if guided else 0)]
+            text, mask = (np.stack(part) for part in zip(*texts, strict=True))
+            key = jax.random.key(seed)
+            z = _integrate(self.experiment.objective, use, shape, self.params, text, mask, index, key)
+            out.append(z[: len(some)])
+        return jnp.concatenate(out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _integrate(
+    objective: FlowObjective,
+    use: Settings,
+    shape: tuple[int, int, int, int],
+    params: Params,
+    text: Array,
+    mask: Array,
+    index: Array,
+    key: Array,
+) -> Array:
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(sample_keys(key, index))
+    v = objective.bind(params, text, mask)
+    if use.cfg != 1.0:
+        v = guide(v, use.cfg, use.interval, use.rescale)
+    shift = dataclasses.replace(objective.shift, factor=use.shift)
+    times = shift(jnp.linspace(0.0, 1.0, use.steps + 1), objective.model.tokens(shape[:3]))
+    return integrate(STEPPERS[use.stepper](), v, noise, times)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(vae: Any, params: Params, stats: PyTree, z: Array) -> Array:
+    return to_uint8(vae.apply({"params": params}, from_unit(z, stats), method="decode"))
+
+
+def settings_of(config: ConfigDict) -> Settings:
+    """The sampling defaults of a flow config; its training shift is also the sampling shift unless said otherwise."""
+    return experiment.call("config.sample", Settings, {"shift": config.shift.factor, **config.sample})
+
+
+def load(path: str | Path, weights: str = "ema") -> Sampler:
+    """A Sampler from a training workdir, its checkpoints or one step; `weights` is `ema` or `params`."""
+    if weights not in ("ema", "params"):
+        raise UserError(f"weights={weights!r} is unknown: use ema or params")
+    tree, meta, _ = checkpoint.load(path, items=(weights,))
+    config = ConfigDict(meta["config"])
+    if config.objective.kind != "flow":
+        raise UserError(f"{path} holds a {config.objective.kind}, not a text-to-video model: give a flow training's workdir")
+    of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
+    built = experiment.build(config, of_vae)
+    return Sampler(built, tree[weights], frozen, settings_of(config))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; a wrong one ends in exit code 2."""
+    parser = argparse.ArgumentParser("python -m vgjax.sample", description="Samples videos from a checkpoint.")
+    parser.add_argument("--checkpoint", required=True, help="training workdir, its checkpoints or one step")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    parser.add_argument("--prompts", help="file with one prompt a line")
+    parser.add_argument("--out", required=True, help="folder for mp4s, contact sheet and sample.json")
+    parser.add_argument("--num", type=int, default=1, help="videos per prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="integration steps")
+    parser.add_argument("--cfg", type=float, help="guidance scale, 1 for none")
+    parser.add_argument("--shift", type=float, help="timestep shift")
+    parser.add_argument("--rescale", type=float, help="guidance rescale in [0, 1]")
+    parser.add_argument("--interval", type=float, nargs=2, help="times between which guidance acts")
+    parser.add_argument("--stepper", help=", ".join(STEPPERS))
+    parser.add_argument("--negative", default="", help="prompt to guide away from")
+    parser.add_argument("--frames", type=int, help="1 + a multiple of the VAE's time factor")
+    parser.add_argument("--size", help="HxW in pixels")
+    parser.add_argument("--weights", default="ema", choices=("ema", "params"))
+    parser.add_argument("--codec", default="libx264")
+    return parser.parse_args(argv)
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """All prompts in order, each `--num` times; empty lines are left out."""
+    prompts = [prompt for prompt in args.prompt if prompt.strip()]
+    if args.prompts:
+        file = Path(args.prompts)
+        if not file.is_file():
+            raise UserError(f"--prompts {file} is not a file")
+        prompts += [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("no prompts to sample: give --prompt or a --prompts file with one prompt a line")
+    if args.num < 1:
+        raise UserError(f"--num {args.num} must be at least 1")
+    return [prompt for prompt in prompts for _ in range(args.num)]
+
+
+@door
+def main(argv: list[str]) -> None:
+    args = parse(argv[1:])
+    prompts, size = prompts_of(args), program.size_of(args.size)
+    out = program.workdir(args.out)
+    video.check_codec(args.codec)
+    sampler = load(args.checkpoint, args.weights)
+    given = {name: getattr(args, name) for name in ("steps", "cfg", "shift", "rescale", "interval", "stepper")}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    used = dataclasses.replace(sampler.settings, batch=min(len(prompts), sampler.settings.batch), **given)
+    sampler = dataclasses.replace(sampler, settings=used)
+    videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
+    fps = sampler.experiment.config.data.fps
+    files = [out / f"{i:03d}.mp4" for i in range(len(videos))]
+    for file, clip in zip(files, videos, strict=True):
+        video.write_mp4(file, clip, fps, codec=args.codec)
+    sheet = video.contact_sheet(videos, prompts, out / "contact_sheet.png")
+    record = vars(args) | dataclasses.asdict(used) | {
+        "frames": videos.shape[1],
+        "size": list(videos.shape[2:4]),
+        "fps": fps,
+        "videos": [{"file": file.name, "prompt": p, "index": i} for i, (file, p) in enumerate(zip(files, prompts, strict=True))],
+        "versions": checkpoint.versions(),
+    }
+    (out / "sample.json").write_text(json.dumps(record, indent=1))
+    print(f"{len(videos)} videos in {out}, contact sheet {sheet}")
+
+
+if __name__ == "__main__":
+    program.start()
+    main()

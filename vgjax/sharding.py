@@ -1,0 +1,117 @@
+"""Logical names to shardings: where parameters and activations live on the mesh.
+
+A parameter carries the logical names of its dims in a small metadata box (`named`); an activation says them at a
+`shard` call. The active `Layout` maps names to mesh axes. With no layout active everything here is the identity, so
+models run unchanged on one device, in a notebook or in a test.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vgjax.typing import Array, PyTree
+
+_active: contextvars.ContextVar[tuple[Any, Mesh] | None] = contextvars.ContextVar("layout", default=None)
+
+
+class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A parameter and the logical names of its dims.
+
+    Not `nn.LogicallyPartitioned`: that one constrains on `unbox` and breaks under Explicit axes.
+    """
+
+    value: Any
+    names: tuple[str | None, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Named":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict) -> "Named":
+        return self.replace(names=(*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:]))
+
+    def remove_axis(self, index: int, params: dict) -> "Named":
+        return self.replace(names=(*self.names[:index], *self.names[index + 1 :]))
+
+
+def named(init: Callable[..., Array], *names: str | None) -> Callable[..., Named]:
+    """An initializer whose result carries logical names: `self.param("kernel", named(init, "embed", "mlp"), shape)`."""
+
+    def boxed(*args: Any, **kwargs: Any) -> Named:
+        value = init(*args, **kwargs)
+        assert len(names) == value.ndim, f"{len(names)} names {names} for shape {value.shape}"
+        return Named(value, names)
+
+    return boxed
+
+
+@contextlib.contextmanager
+def use(layout: Any, mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `layout` on `mesh` the active one; entry points only."""
+    token = _active.set((layout, mesh))
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _active.reset(token)
+
+
+def shard(x: Array, *names: str | None) -> Array:
+    """Constrains an activation to the active layout by the logical names of its dims; the identity when none is active."""
+    active = _active.get()
+    if active is None:
+        return x
+    layout, mesh = active
+    assert len(names) == x.ndim, f"{len(names)} names {names} for shape {x.shape}"
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout.spec(names, x.shape, mesh)))
+
+
+def platform() -> str:
+    """The platform the program is being built for: that of the active mesh (chips may be absent), else the default."""
+    active = _active.get()
+    device = jax.devices()[0] if active is None else active[1].devices.flat[0]
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+def place(batch: PyTree, layout: Any, mesh: Mesh) -> PyTree:
+    """A host batch (this process' rows of it) as global arrays, rows split over the layout's `batch` axes."""
+
+    def one(leaf: Any) -> Array:
+        names = ("batch",) + (None,) * (leaf.ndim - 1)
+        spec = layout.spec(names, (leaf.shape[0] * jax.process_count(), *leaf.shape[1:]), mesh)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), leaf)
+
+    return jax.tree.map(one, batch)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The tree whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """The tree without its metadata boxes."""
+    return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, Named) else leaf, tree, is_leaf=_is_box)
+
+
+def shardings(tree: PyTree, layout: Any, mesh: Mesh) -> PyTree:
+    """NamedShardings of a boxed (abstract) tree, one per leaf of `unboxed(tree)`; leaves without names are replicated."""
+
+    def one(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, Named):
+            return NamedSharding(mesh, layout.spec(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree, is_leaf=_is_box)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, Named)

@@ -1,0 +1,75 @@
+"""The training state: abstract first, then born sharded.
+
+Every leaf is a plain array, so a checkpoint is the state and nothing else; the random key is its seed, since each
+step's randomness is `fold_in(seed, step)`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vgjax import sharding
+from vgjax.typing import Array, Int, Params, PyTree
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a step changes. `params`, `opt` and `ema` are dicts by player, fp32, sharded alike."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt: PyTree
+    ema: Params
+    dropped: Int[Array, "2"]  # non-finite steps: in a row up to now, and in all
+    seed: Int[Array, ""]
+
+
+def builder(
+    objective: Any, optimizer: optax.GradientTransformation, seed: int, example: PyTree, layout: Any, mesh: Mesh
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """(abstract state with shardings, function that makes the initial state born with them).
+
+    `example` is a prepared batch, concrete or abstract: the objective initialises its players on its shapes.
+    """
+
+    def boxed(key: Array) -> Params:
+        return objective.init(key, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example))
+
+    def init() -> TrainState:
+        params = sharding.unboxed(boxed(jax.random.key(seed)))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt={player: optimizer.init(params[player]) for player in objective.players},
+            ema=jax.tree.map(jnp.copy, params),
+            dropped=jnp.zeros((2,), jnp.int32),
+            seed=jnp.asarray(seed, jnp.int32),
+        )
+
+    shapes = jax.eval_shape(init)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    of_params = sharding.shardings(jax.eval_shape(boxed, jax.random.key(0)), layout, mesh)
+    # jit(optimizer.init) would replicate the moments: they take the sharding of the parameter they belong to.
+    of_opt = {
+        player: optax.tree_map_params(
+            optimizer,
+            lambda _, s: s,
+            shapes.opt[player],
+            of_params[player],
+            transform_non_params=lambda _: everywhere,
+        )
+        for player in objective.players
+    }
+    specs = TrainState(everywhere, of_params, of_opt, of_params, everywhere, everywhere)
+    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, specs)
+    return abstract, jax.jit(init, out_shardings=specs)
+
+
+def parameter_count(params: Params) -> int:
+    """Number of parameters of a concrete or abstract tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

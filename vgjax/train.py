@@ -1,0 +1,194 @@
+"""The training program: `python -m vgjax.train --config configs/quickstart.py:vae --workdir DIR`.
+
+Top to bottom: read the config, place the mesh, open the data, restore or initialise the state, step, log, save. Started
+again after any kind of death it continues bit-exactly, because every batch and every random number is a function of
+(seed, step). Exit codes are those of `vgjax/errors.py`.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vgjax import checkpoint, encode, evaluate, experiment, flops, layouts, program, sharding, state, step
+from vgjax.data import pipeline
+from vgjax.data.sources import Latents
+from vgjax.errors import Diverged, Preempted, UserError, door
+from vgjax.log import Log, Work
+from vgjax.objectives.flow import FlowObjective
+from vgjax.typing import PyTree
+
+USAGE = "usage: python -m vgjax.train --config configs/quickstart.py:vae --workdir DIR [--config.key=value ...]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The `train` section: how long, how often. A period of 0 means never."""
+
+    steps: int
+    batch: int
+    log_every: int = 20
+    image_every: int = 0
+    evaluate_every: int = 0
+    save_every: int = 500
+    keep_last: int = 3
+    keep_every: int = 0
+    max_dropped: int = 10
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            floor = 0 if field.name.endswith("_every") and field.name not in ("log_every", "save_every") else 1
+            if getattr(self, field.name) < floor:
+                raise UserError(f"config.train.{field.name}={getattr(self, field.name)} must be at least {floor}")
+
+
+class Watch:
+    """Notices dropped steps soon, without waiting for the step in flight: it looks two steps back."""
+
+    def __init__(self, limit: int, log: Log):
+        self.limit, self.log, self.pending = limit, log, deque()
+
+    def add(self, number: int, ids: np.ndarray, metrics: PyTree) -> None:
+        self.pending.append((number, ids, metrics["dropped"], metrics["dropped_in_a_row"]))
+        if len(self.pending) > 2:
+            self.look()
+
+    def look(self) -> None:
+        number, ids, dropped, in_a_row = self.pending.popleft()
+        if float(dropped[0]):
+            self.log.say(f"step {number} was not finite and is dropped; sample ids {ids.tolist()}")
+            if int(in_a_row[0]) >= self.limit:
+                raise Diverged(
+                    f"{int(in_a_row[0])} steps in a row were not finite, the last of them {number}: look at the samples "
+                    "named above, lower config.optim.lr or raise config.train.max_dropped"
+                )
+
+    def drain(self) -> None:
+        while self.pending:
+            self.look()
+
+
+@door
+def main(argv: list[str]) -> None:
+    config, defaults, folder = program.read_config(argv, USAGE)
+    workdir = program.workdir(folder)
+    changed = experiment.difference(config, defaults)
+    print("\n".join(["config, as changed from the file:", *changed] if changed else ["config: the file's defaults"]))
+    config = experiment.resolve(config, workdir)
+    plan = experiment.call("config.train", Schedule, config.train)
+    layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
+    of_vae, frozen = experiment.own_vae(config.vae, workdir) if config.objective.get("kind") == "flow" else (None, {})
+    built = experiment.build(config, of_vae)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    with sharding.use(layout, mesh):
+        run(built, plan, frozen, workdir, layout, mesh)
+
+
+def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
+    config, objective = built.config, built.objective
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    source, how = open_data(built, plan, frozen, workdir)
+
+    # 1. The state: abstract from one real batch, then restored, or born with its shardings.
+    some = list(itertools.islice(pipeline.batches(source, **how), 4))
+    example = jax.eval_shape(objective.prepare, frozen, some[0])
+    optimizer, of_step = experiment.optimizer(config.optim, plan.steps)
+    abstract, init = state.builder(objective, optimizer, config.seed, example, layout, mesh)
+    checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
+    now = init() if checkpoints.latest() is None else checkpoints.restore(abstract)[0]
+    frozen = sharding.replicate(frozen, mesh)
+    advance = step.make(objective, optimizer, abstract, **of_step)
+    start = int(now.step)
+
+    # 2. What to show while it runs.
+    log = Log(workdir, plan.steps, start, plan.log_every, work(built, plan, example, abstract))
+    log.say(f"{state.parameter_count(abstract.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
+    watch = Watch(plan.max_dropped, log)
+    show = evaluate.Show(built, frozen, some, log)
+
+    def save(wait: bool) -> None:
+        position = {"seed": config.seed, "step": number, "samples": number * plan.batch}
+        meta = {"config": config.to_dict(), "data": position, **show.statistics(now.ema)}
+        checkpoints.save(number, now, meta, wait=wait)
+
+    # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
+    batches: Iterator[PyTree] = pipeline.batches(source, **how, start_step=start) if start < plan.steps else iter(())
+    for number in range(start + 1, plan.steps + 1):
+        with log.waiting():
+            raw = next(batches)
+        now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh))
+        watch.add(number, raw["id"], metrics)
+        log.step(number, metrics)
+        last, stopping = number == plan.steps, stop.is_set()
+        with log.pause() if last or stopping or _due(number, plan) else contextlib.nullcontext():
+            if last or (plan.image_every and number % plan.image_every == 0):
+                show.images(number, now.ema)
+            if plan.evaluate_every and number % plan.evaluate_every == 0:
+                show.scores(number, now.ema)
+            if last or stopping or number % plan.save_every == 0:
+                watch.drain()
+                save(wait=last or stopping)
+        if stopping and not last:
+            raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
+    checkpoints.finish()
+    log.close()
+    print(f"done: step {plan.steps}, state digest {checkpoint.digest(now)}")
+
+
+def open_data(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path) -> tuple[Any, dict[str, Any]]:
+    """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
+    config, data = built.config, built.config.data
+    source, bad = experiment.source(config), workdir / "bad_files.jsonl"
+    how = {
+        "seed": config.seed,
+        "batch": plan.batch,
+        "tokenizer": built.tokenizer,
+        "drop_caption": data.get("drop_caption", 0.0),
+        "frames": data.frames,
+        "size": tuple(data.size),
+        "fps": data.fps,
+        "workers": data.get("workers", 0),
+        "bad_files": bad,
+        "max_bad": data.get("max_bad", 0.1),
+    }
+    if isinstance(built.objective, FlowObjective) and config.latents:
+        encode.ensure(source, config, built.vae, frozen, Path(config.latents), bad)
+        source, how["workers"] = Latents(Path(config.latents)), 0
+    return source, how
+
+
+def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState) -> Work:
+    """What one step does, for the rates of the log; FLOPs are those of three forwards of what is trained."""
+    data, objective = built.config.data, built.objective
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
+    (player,) = objective.players
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    forward = flops.count(lambda p, batch, key: objective.loss(player, p, batch, key)[0], params, example, key)
+    tokens = 0
+    if isinstance(objective, FlowObjective):
+        tokens = plan.batch * (objective.model.tokens(example["x"].shape[1:4]) + example["text"].shape[1])
+    devices = jax.devices()[: built.config.layout.devices or None]
+    dtype = experiment.compute_dtype(built.config.precision)
+    peaks = [flops.peak(device.device_kind, dtype) for device in devices]
+    total = None if None in peaks else sum(peaks)
+    return Work(plan.batch, plan.batch * data.frames, tokens, flops.training(forward), total)
+
+
+def _due(number: int, plan: Schedule) -> bool:
+    """Whether something other than a step happens after this one."""
+    return any(period and number % period == 0 for period in (plan.image_every, plan.evaluate_every, plan.save_every))
+
+
+if __name__ == "__main__":
+    program.start()
+    main()
