@@ -148,7 +148,7 @@ def test_one_flipped_bit_is_noticed_and_the_older_step_used(seed, copy, capsys):
 def test_every_single_bit_of_the_manifest_matters(copy):
     folder = copy / "00000002"
     raw = (folder / storage.MANIFEST).read_bytes()
-    for bit in range(0, 8 * len(raw), 3):
+    for bit in range(0, 8 * len(raw), 31):
         data = bytearray(raw)
         data[bit // 8] ^= 1 << bit % 8
         (folder / storage.MANIFEST).write_bytes(data)
@@ -315,6 +315,27 @@ def test_load_needs_no_structure_and_reads_only_what_is_asked_for(two_steps, tmp
     assert sorted(both) == ["ema", "params"]
     whole, _, step = load(workdir / checkpoint.SUBDIR / "00000001")
     assert digest(whole) == digest(state(1)) and step == 1
+
+
+def test_workdir_is_found_from_everything_that_load_accepts(tmp_path):
+    steps = tmp_path / checkpoint.SUBDIR
+    for path in (tmp_path, steps, steps / "00000002", steps / "damaged" / "00000002-1"):
+        assert checkpoint.workdir_of(path) == tmp_path
+    assert checkpoint.workdir_of(tmp_path / "elsewhere" / "00000002") == tmp_path / "elsewhere" / "00000002"
+
+
+def test_a_copied_checkpoint_stands_alone_and_replaces_what_was_there(copy, tmp_path):
+    checkpoint.copy(copy / "00000001", tmp_path / "to")
+    checkpoint.copy(copy, tmp_path / "to")
+    (copy / "00000002" / checkpoint.META).write_text("{}")
+    checkpoint.copy(copy, tmp_path / "to")  # step 2 of the source is damaged by now: its step 1 is the newest
+    assert load(tmp_path / "to", "ema")[2] == 1
+    shutil.rmtree(copy)
+    tree, meta, step = load(tmp_path / "to", "ema")
+    assert digest(tree) == digest(state(1).ema) and meta["config"] == META["config"]
+    inode = (tmp_path / "to" / checkpoint.SUBDIR / "00000001").stat().st_ino
+    checkpoint.copy(tmp_path / "to", tmp_path / "to")
+    assert (tmp_path / "to" / checkpoint.SUBDIR / "00000001").stat().st_ino == inode
 
 
 def test_load_of_a_damaged_newest_step_takes_the_older_one_and_moves_nothing(copy, capsys):

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from vgjax import log
 from vgjax.errors import StorageError
-from vgjax.log import Log, Work
+from vgjax.log import Log
 
 
 def pair(total: float, count: float = 1.0) -> jax.Array:
@@ -71,10 +71,13 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     with Log(tmp_path, total_steps=10, every=2) as run:
         for step in range(1, 9):
             run.step(step, {"loss": pair(1.0)})
+        run.event(4, "dropped", "step 4 was dropped")
+        run.event(6, "dropped", "step 6 was dropped")
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 10, "lo')  # killed while writing
     with Log(tmp_path, total_steps=10, start_step=5, every=2) as run:
         assert [record["step"] for record in records(tmp_path)] == [2, 4]
+        assert "step 6" not in (tmp_path / "events.jsonl").read_text()
         for step in range(6, 11):
             run.step(step, {"loss": pair(2.0)})
     assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(2, 1), (4, 1), (6, 2), (8, 2), (10, 2)]
@@ -83,8 +86,8 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 def test_rates_leave_out_the_compiling_step_and_pauses(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    work = Work(samples=4, frames=68, tokens=320, flops=3e12, peak=1e13)
-    with Log(tmp_path, total_steps=8, every=4, work=work) as run:
+    work = dict(samples=4, frames=68, tokens=320, flops=3e12, peak=1e13)
+    with Log(tmp_path, total_steps=8, every=4, **work) as run:
         for step in range(1, 9):
             with run.waiting():
                 now[0] += 0.1
@@ -104,7 +107,7 @@ def test_rates_leave_out_the_compiling_step_and_pauses(tmp_path, monkeypatch):
 
 
 def test_mfu_is_left_out_where_the_peak_is_unknown(tmp_path):
-    with Log(tmp_path, total_steps=2, every=2, work=Work(flops=1e9)) as run:
+    with Log(tmp_path, total_steps=2, every=2, flops=1e9) as run:
         run.step(1, {"loss": pair(1.0)})
         record = run.step(2, {"loss": pair(1.0)})
     assert "tflops_per_second" in record and not {"mfu", "samples_per_second"} & record.keys()
@@ -113,11 +116,13 @@ def test_mfu_is_left_out_where_the_peak_is_unknown(tmp_path):
 def test_a_line_with_loss_and_eta_is_printed_when_stdout_is_no_terminal(tmp_path, capsys):
     with Log(tmp_path, total_steps=4, every=2) as run:
         for step in range(1, 5):
-            run.step(step, {"loss": pair(0.125)})
-        run.say("saved")
+            run.step(step, {"loss": pair(0.125), "loss/t0": pair(0.5)})
+        run.event(3, "saved", "step 3 is saved")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].startswith("step 2/4  loss 0.125  step_seconds ")
-    assert "eta 00:00" in lines[1] and lines[2] == "saved"
+    assert len(lines) == 3 and "loss/t0" not in lines[0] and lines[0].startswith("step 2/4  loss 0.125  step_seconds ")
+    assert "eta 00:00" in lines[1] and lines[2] == "step 3 is saved"
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert event == {"step": 3, "kind": "saved", "text": "step 3 is saved"}
 
 
 def test_a_terminal_gets_one_bar(tmp_path, capsys, monkeypatch):
@@ -152,7 +157,7 @@ def test_processes_but_the_first_are_silent(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with Log(tmp_path / "run", total_steps=1) as run:
         assert run.step(1, {"loss": pair(1.0)})["loss"] == 1.0
-        run.say("hello")
+        run.event(1, "greeting", "hello")
         run.images(1, "x", np.zeros((2, 2, 3), np.uint8))
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 

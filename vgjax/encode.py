@@ -5,6 +5,7 @@ VAE made it, and a model trained on it refuses any other.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vgjax import checkpoint, experiment, program
-from vgjax.data import pipeline
-from vgjax.data.sources import Folder, LatentWriter, latent_meta
+from vgjax.data.pipeline import Example, examples
+from vgjax.data.sources import Folder, Latents, LatentWriter
+from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, door
 from vgjax.objectives.vae import from_uint8
 from vgjax.typing import PyTree
 
 
-def ensure(source: Folder, config: ConfigDict, vae: Any, frozen: PyTree, out: Path, bad: Path, batch: int = 32) -> None:
+def ensure(
+    source: Folder, config: ConfigDict, vae: Any, frozen: PyTree, out: Path, bad_files: Path, batch: int = 32
+) -> None:
     """Writes the latents of every clip of `source` to `out` unless they are there, made by the same VAE."""
     data = config.data
     made_by = {
@@ -31,32 +35,37 @@ def ensure(source: Folder, config: ConfigDict, vae: Any, frozen: PyTree, out: Pa
         "fps": data.fps,
         "source": str(source.path),
     }
-    if (meta := latent_meta(out)) is not None:
-        other = [key for key in made_by if meta.get(key) != made_by[key]]
+    if out.exists():
+        there = Latents(out).meta["meta"]
+        other = [key for key in made_by if there.get(key) != made_by[key]]
         if other:
             raise UserError(
                 f"the latents in {out} were made with another {', '.join(other)}: delete the folder or give another one"
             )
         return
     encode = jax.jit(lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0])
+    bad = BadFiles(bad_files, names(source))
     with LatentWriter(out, made_by) as writer:
-        for group in _groups(pipeline.examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps,
-                                               bad_files=bad), batch):
-            clips = np.stack([record["video"] for record in group])
+        for group in _groups(_readable(source, data, bad), batch):
+            clips = np.stack([example.array for example in group])
             padded = np.concatenate([clips, np.repeat(clips[-1:], batch - len(clips), axis=0)])  # one compiled size
-            for record, latent in zip(group, np.asarray(encode(frozen["vae"], padded), np.float32), strict=False):
-                writer.write(latent, record["caption"], record["id"])
-    print(f"encoded {writer.count} of {len(source)} clips into {out}")
+            latents = np.asarray(encode(frozen["vae"], padded), np.float32)
+            for example, latent in zip(group, latents, strict=False):
+                writer.add(latent, example.caption, example.id)
+    bad.check(data.get("max_bad", 0.1))
+    print(f"encoded {writer.count} of {len(source)} clips into {out}", flush=True)
 
 
-def _groups(records: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    group = []
-    for record in records:
-        group.append(record)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _readable(source: Folder, data: ConfigDict, bad: BadFiles) -> Iterator[Example]:
+    for example in examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps):
+        if example.reason is None:
+            yield example
+        else:
+            bad.add(example.file, example.reason)
+
+
+def _groups(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while group := list(itertools.islice(items, size)):
         yield group
 
 

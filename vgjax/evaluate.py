@@ -16,10 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from ml_collections import ConfigDict
 
 from vgjax import checkpoint, experiment, program, video
-from vgjax.data import pipeline, shapes
+from vgjax.data import shapes
+from vgjax.data.pipeline import Example, examples
+from vgjax.data.sources import Clip, Folder
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
 from vgjax.metrics import prompt
@@ -55,12 +58,12 @@ def reconstruction(vae: Any, params: Params, clips: np.ndarray) -> tuple[np.ndar
     return out, {"psnr": float(decibel.mean()), "ssim": float(similar.mean())}
 
 
-def losses(sampler: Sampler, clips: list[dict[str, Any]], per_bin: int = 2) -> dict[str, float]:
+def losses(sampler: Sampler, clips: list[Example], per_bin: int = 2) -> dict[str, float]:
     """Velocity loss of EMA weights on held-out clips: `per_bin` fixed times a bin, noise fixed by clip and time."""
     objective: FlowObjective = sampler.experiment.objective
-    tokens = [sampler.experiment.tokenizer(clip["caption"]) for clip in clips]
+    tokens = [sampler.experiment.tokenizer(clip.caption) for clip in clips]
     raw = {
-        "video": np.stack([clip["video"] for clip in clips]),
+        "video": np.stack([clip.array for clip in clips]),
         "text": np.stack([ids for ids, _ in tokens]),
         "mask": np.stack([mask for _, mask in tokens]),
         "index": np.arange(len(clips), dtype=np.uint32),
@@ -86,40 +89,40 @@ def losses(sampler: Sampler, clips: list[dict[str, Any]], per_bin: int = 2) -> d
 
 def prompt_accuracy(sampler: Sampler, captions: list[str], world: shapes.World, seed: int = 0) -> dict[str, float]:
     """Share of sampled clips that show the colour, shape and motion of their caption, and all of them."""
-    return prompt.accuracy(sampler(captions, seed=seed), captions, world)
+    return prompt.accuracy(list(sampler(captions, seed=seed)), captions, world)
 
 
-def nearest(sampler: Sampler, source: Any, per_clip: int = 4, windows: int = 16, seed: int = 0) -> dict[str, Any]:
-    """Whether each caption's sample lies nearest, among windows of every clip, to its own clip (latent L2)."""
+def nearest(sampler: Sampler, source: Folder, per_clip: int = 4, windows: int = 16, seed: int = 0) -> dict[str, Any]:
+    """Whether each caption's sample lies nearest, among random windows of every clip, to its own clip (latent L2).
+
+    `right` counts the first sample of each caption, `share` is of all `per_clip` samples of all captions.
+    """
     data, objective = sampler.experiment.config.data, sampler.experiment.objective
-    how = {"frames": data.frames, "size": tuple(data.size), "fps": data.fps}
-    names, captions, latents = [], [], []
+    clip, rng = Clip(data.frames, tuple(data.size), data.fps), np.random.default_rng(seed)
     encode = jax.jit(lambda batch: objective.prepare(sampler.frozen, batch)["x"])
-    for clip in pipeline.examples(source, windows=windows, **how):
-        if clip["caption"] not in captions:
-            captions.append(clip["caption"])
-            names.append(clip["name"])
-            latents.append([])
-        latents[-1].append(np.asarray(encode({"video": clip["video"][None]})[0]))
-    wanted = [caption for caption in captions for _ in range(per_clip)]
-    samples = np.asarray(sampler.latents(wanted, seed=seed))
-    distance = np.stack([[min(float(np.square(s - z).mean()) for z in clip) for clip in latents] for s in samples])
-    of_caption = distance.reshape(len(captions), per_clip, len(captions))
-    first = of_caption[:, 0].argmin(-1) == np.arange(len(captions))
-    every = of_caption.argmin(-1) == np.arange(len(captions))[:, None]
+    latents, captions = [], []
+    for record in range(len(source)):
+        some, caption = zip(*(source.load(record, clip, rng) for _ in range(windows)), strict=True)
+        latents.append(np.asarray(encode({"video": np.stack(some)})))
+        captions.append(caption[0])
+    samples = np.asarray(sampler.latents([caption for caption in captions for _ in range(per_clip)], seed=seed))
+    distance = np.stack([[np.square(z - sample).mean((1, 2, 3, 4)).min() for z in latents] for sample in samples])
+    found = rearrange(distance.argmin(-1), "(n k) -> n k", k=per_clip)
+    names = [Path(source.name(record)).name for record in range(len(source))]
+    right = found == np.arange(len(names))[:, None]
     return {
-        "right": int(first.sum()),
-        "of": len(captions),
-        "share_of_all_samples": float(every.mean()),
-        "nearest": {name: names[int(row[0].argmin())] for name, row in zip(names, of_caption, strict=True)},
+        "right": int(right[:, 0].sum()),
+        "of": len(names),
+        "share": float(right.mean()),
+        "nearest": {name: names[row[0]] for name, row in zip(names, found, strict=True)},
     }
 
 
-def clips_of(source: Any, config: ConfigDict, count: int) -> list[dict[str, Any]]:
+def clips_of(source: Folder, config: ConfigDict, count: int) -> list[Example]:
     """The first `count` readable clips of a source, centre crop, first window."""
     data = config.data
-    clips = pipeline.examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps)
-    found = list(itertools.islice(clips, count))
+    clips = examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps)
+    found = list(itertools.islice((clip for clip in clips if clip.reason is None), count))
     if not found:
         raise UserError(f"no readable clip in {source.path} to evaluate on")
     return found
@@ -129,7 +132,7 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
     """Every figure that applies to this checkpoint."""
     config = built.config
     clips = clips_of(experiment.source(config, "val"), config, plan.clips)
-    videos = np.stack([clip["video"] for clip in clips])
+    videos = np.stack([clip.array for clip in clips])
     if not isinstance(built.objective, FlowObjective):
         return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
     sampler = Sampler(built, params, frozen, settings_of(config))
@@ -137,7 +140,7 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
     if config.data.kind == "shapes":
         world = experiment.world_of(config)
         for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
-            captions = experiment.source(config, split).captions()[: plan.prompts]
+            captions = experiment.captions(config, split)[: plan.prompts]
             table[name] = prompt_accuracy(sampler, captions, world)
     if plan.nearest:
         table["nearest"] = nearest(sampler, experiment.source(config, "train"))
@@ -163,18 +166,17 @@ class Show:
 
     def images(self, number: int, ema: Params, count: int = 6) -> None:
         """Samples of held-out captions, or reconstructions under their originals, as a contact sheet."""
-        source = experiment.source(self.config, "val")
         if self.flow:
-            captions = source.captions()[:count]
+            captions = experiment.captions(self.config, "val")[:count]
             videos = self._sampler(ema)(captions, batch=len(captions))
-            self.log.images(number, "samples", video.contact_sheet(videos, captions))
+            self.log.images(number, "samples", np.asarray(video.contact_sheet(list(videos), captions)))
             return
-        clips = clips_of(source, self.config, count)
-        originals = np.stack([clip["video"] for clip in clips])
+        clips = clips_of(experiment.source(self.config, "val"), self.config, count)
+        originals = np.stack([clip.array for clip in clips])
         out, _ = reconstruction(self.built.vae, ema["vae"], originals)
         rows = [row for pair in zip(originals, out, strict=True) for row in pair]
-        names = [name for clip in clips for name in (clip["caption"], "reconstruction")]
-        self.log.images(number, "reconstructions", video.contact_sheet(rows, names))
+        names = [name for clip in clips for name in (clip.caption, "reconstruction")]
+        self.log.images(number, "reconstructions", np.asarray(video.contact_sheet(rows, names)))
 
     def scores(self, number: int, ema: Params) -> None:
         """The evaluation's figures into the log, from the weights that sampling would use."""

@@ -158,6 +158,11 @@ def source(config: ConfigDict, split: str = "train") -> Folder:
     raise UserError(f"config.data.kind={data.kind!r} is unknown: use one of folder, shapes")
 
 
+def captions(config: ConfigDict, split: str) -> list[str]:
+    """The captions of a split, in order."""
+    return [caption for _, caption in source(config, split).records]
+
+
 def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
     """(config of a trained VAE, `{"vae": EMA parameters, "stats": (mean, std)}`) from its checkpoint."""
     tree, meta, _ = checkpoint.load(path, items=("ema",))
@@ -192,9 +197,9 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
     return ConfigDict(fill(config.to_dict()))
 
 
-def difference(config: ConfigDict, defaults: Mapping[str, Any]) -> list[str]:
+def difference(config: ConfigDict, defaults: ConfigDict) -> list[str]:
     """Lines `config.key = value (default: ...)` for every value that is not the file's default."""
-    ours, theirs = _flat(config.to_dict()), _flat(dict(defaults))
+    ours, theirs = _flat(config.to_dict()), _flat(defaults.to_dict())
     return [
         f"config.{key} = {ours.get(key)!r} (default: {theirs.get(key)!r})"
         for key in sorted(ours.keys() | theirs.keys())

@@ -1,7 +1,8 @@
 """What a run tells: one progress bar, `metrics.jsonl`, TensorBoard events, pictures.
 
     WORKDIR/metrics.jsonl        one JSON object per logged step, each step once, also after a kill and a resume
-    WORKDIR/tensorboard/         the same numbers and the pictures
+    WORKDIR/events.jsonl         what happened: dropped steps and the like
+    WORKDIR/tensorboard/         the numbers and the pictures
     WORKDIR/images/              <name>_<step>.png
 
 Steps are dispatched ahead of the device, so the clock is read only where the device was waited for: after the first
@@ -10,7 +11,6 @@ exactly the time of the steps between them.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
@@ -30,24 +30,26 @@ from vgjax.storage import replace, writing
 from vgjax.typing import Array, Float, UInt8
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What one step does on all devices; `peak` is the sum of their peak FLOP/s, None where it is unknown."""
-
-    samples: float = 0
-    frames: float = 0
-    tokens: float = 0
-    flops: float = 0
-    peak: float | None = None
-
-
 class Log:
-    """The voice of one run; in a run of several processes only the first speaks. A context manager."""
+    """The voice of one run; in a run of several processes only the first speaks. A context manager.
+
+    samples, frames, tokens, flops: what one step processes on all devices (0: not shown). peak: FLOP/s of all devices.
+    """
 
     def __init__(
-        self, workdir: str | Path, total_steps: int, start_step: int = 0, every: int = 20, work: Work = Work()
+        self,
+        workdir: str | Path,
+        total_steps: int,
+        start_step: int = 0,
+        every: int = 20,
+        samples: int = 0,
+        frames: int = 0,
+        tokens: int = 0,
+        flops: float | int = 0,
+        peak: float | None = None,
     ):
-        self.workdir, self.every, self.work = Path(workdir), every, work
+        self.workdir, self.every = Path(workdir), every
+        self.amounts, self.flops, self.peak = {"samples": samples, "frames": frames, "tokens": tokens}, flops, peak
         self.total, self.last = total_steps, start_step
         self.pending: list[dict[str, Array]] = []
         self.clock: float | None = None  # None until the first step, which compiles, is done
@@ -57,8 +59,8 @@ class Log:
             return
         with writing(self.workdir):
             self.workdir.mkdir(parents=True, exist_ok=True)
-            keep_until(self.workdir / "metrics.jsonl", start_step)
-            self.jsonl = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+            for name in ("metrics.jsonl", "events.jsonl"):
+                keep_until(self.workdir / name, start_step)
             # Events that a killed run wrote after its last checkpoint are hidden by purge_step.
             self.events = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"), purge_step=start_step + 1)
         self.plain = not sys.stdout.isatty()
@@ -101,8 +103,7 @@ class Log:
         count, self.pending = len(self.pending), []
         if self.speaks:
             with writing(self.workdir):
-                self.jsonl.write(json.dumps(record, allow_nan=False) + "\n")
-                self.jsonl.flush()
+                self._append("metrics.jsonl", record)
                 self.scalars(record["step"], {name: value for name, value in record.items() if name != "step"})
             self._show(record, count)
         return record
@@ -114,26 +115,27 @@ class Log:
                 if value is not None:
                     self.events.add_scalar(name, value, step)
 
-    def images(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    def images(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"] | Image.Image) -> None:
         """A picture for TensorBoard and as WORKDIR/images/<name>_<step>.png."""
         if self.speaks:
             path = self.workdir / "images" / f"{re.sub(r'[^0-9A-Za-z.-]+', '_', name)}_{step:08d}.png"
             with writing(path):
                 path.parent.mkdir(exist_ok=True)
-                Image.fromarray(image).save(path)
-                self.events.add_image(name, image, step, dataformats="HWC")
+                Image.fromarray(np.asarray(image)).save(path)
+                self.events.add_image(name, np.asarray(image), step, dataformats="HWC")
 
-    def say(self, text: str) -> None:
-        """A line that does not break the progress bar."""
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Something that happened: a line that does not break the progress bar, and a record in `events.jsonl`."""
         if self.speaks:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
+            with writing(self.workdir):
+                self._append("events.jsonl", {"step": step, "kind": kind, "text": text})
 
     def close(self) -> None:
         self.flush()
         if self.speaks:
             self.bar.close()
-            self.jsonl.close()
             self.events.close()
 
     def __enter__(self) -> "Log":
@@ -142,45 +144,49 @@ class Log:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with open(self.workdir / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
     def _rates(self, now: float) -> dict[str, float]:
         """Step time and what follows from it, over the steps since the clock was last read."""
         seconds = now - self.clock - self.paused
         timed, waited, self.clock, self.timed, self.paused, self.waited = self.timed, self.waited, now, 0, 0.0, 0.0
         if not timed:
             return {}
-        step, work = seconds / timed, self.work
+        step = seconds / timed
         rates = {"step_seconds": step, "data_wait": min(waited / seconds, 1.0)}
-        for name in ("samples", "frames", "tokens"):
-            if getattr(work, name):
-                rates[f"{name}_per_second"] = getattr(work, name) / step
-        if work.flops:
-            rates["tflops_per_second"] = work.flops / step / 1e12
-            if work.peak:
-                rates["mfu"] = work.flops / step / work.peak
+        rates |= {f"{name}_per_second": amount / step for name, amount in self.amounts.items() if amount}
+        if self.flops:
+            rates["tflops_per_second"] = self.flops / step / 1e12
+        if self.flops and self.peak:
+            rates["mfu"] = self.flops / step / self.peak
         return rates
 
     def _show(self, record: dict[str, Any], count: int) -> None:
-        short = {name: "nan" if value is None else f"{value:.4g}" for name, value in record.items() if name != "step"}
+        told = {
+            name: value for name, value in record.items() if name != "step" and "/" not in name
+        }  # loss, not loss/t3
+        short = {name: "nan" if value is None else f"{value:.4g}" for name, value in told.items()}
         self.bar.update(count)
         self.bar.set_postfix(short)
         if self.plain:
             left = (self.total - record["step"]) * record.get("step_seconds", math.nan)
             eta = tqdm.format_interval(left) if math.isfinite(left) else "?"
-            told = "  ".join(f"{name} {value}" for name, value in short.items())
-            print(f"step {record['step']}/{self.total}  {told}  eta {eta}", flush=True)
+            line = "  ".join(f"{name} {value}" for name, value in short.items())
+            print(f"step {record['step']}/{self.total}  {line}  eta {eta}", flush=True)
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drops the records after `step`, and a last line cut by a kill; the resumed run writes them again."""
     if not path.exists():
         return
-    kept = {}
+    kept = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):  # half a line
-            record = json.loads(line)
-            if record["step"] <= step:
-                kept[record["step"]] = line
-    replace(path, b"".join(line + b"\n" for line in kept.values()))
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+    replace(path, b"".join(kept))
 
 
 def _mean(pairs: list[Any]) -> float | None:

@@ -80,6 +80,8 @@ def _check_known(config: ConfigDict, key: str) -> None:
 
 def workdir(path: str) -> Path:
     """The folder, made and known to be writable."""
+    if "://" in path:
+        raise UserError(f"cannot write to {path}: only mounted file systems are supported, mount the bucket")
     folder = Path(path).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

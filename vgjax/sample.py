@@ -191,7 +191,6 @@ def main(argv: list[str]) -> None:
     args = parse(argv[1:])
     prompts, size = prompts_of(args), program.size_of(args.size)
     out = program.workdir(args.out)
-    video.check_codec(args.codec)
     sampler = load(args.checkpoint, args.weights)
     given = {name: getattr(args, name) for name in ("steps", "cfg", "shift", "rescale", "interval", "stepper")}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
@@ -202,7 +201,8 @@ def main(argv: list[str]) -> None:
     files = [out / f"{i:03d}.mp4" for i in range(len(videos))]
     for file, clip in zip(files, videos, strict=True):
         video.write_mp4(file, clip, fps, codec=args.codec)
-    sheet = video.contact_sheet(videos, prompts, out / "contact_sheet.png")
+    sheet = out / "contact_sheet.png"
+    video.contact_sheet(list(videos), prompts, path=sheet)
     record = vars(args) | dataclasses.asdict(used) | {
         "frames": videos.shape[1],
         "size": list(videos.shape[2:4]),

@@ -12,7 +12,6 @@ import json
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from vgjax import checkpoint, encode, evaluate, experiment, flops, layouts, prog
 from vgjax.data import pipeline
 from vgjax.data.sources import Latents
 from vgjax.errors import Diverged, Preempted, UserError, door
-from vgjax.log import Log, Work
+from vgjax.log import Log
 from vgjax.objectives.flow import FlowObjective
 from vgjax.typing import PyTree
 
@@ -65,11 +64,11 @@ class Watch:
     def look(self) -> None:
         number, ids, dropped, in_a_row = self.pending.popleft()
         if float(dropped[0]):
-            self.log.say(f"step {number} was not finite and is dropped; sample ids {ids.tolist()}")
+            self.log.event(number, "dropped", f"step {number} was not finite and is dropped; sample ids {ids.tolist()}")
             if int(in_a_row[0]) >= self.limit:
                 raise Diverged(
-                    f"{int(in_a_row[0])} steps in a row were not finite, the last of them {number}: look at the samples "
-                    "named above, lower config.optim.lr or raise config.train.max_dropped"
+                    f"{int(in_a_row[0])} steps in a row were not finite, the last of them {number}: look at the "
+                    "samples named above, lower config.optim.lr or raise config.train.max_dropped"
                 )
 
     def drain(self) -> None:
@@ -111,8 +110,8 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     start = int(now.step)
 
     # 2. What to show while it runs.
-    log = Log(workdir, plan.steps, start, plan.log_every, work(built, plan, example, abstract))
-    log.say(f"{state.parameter_count(abstract.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
+    log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract))
+    log.event(start, "start", f"{state.parameter_count(abstract.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
     watch = Watch(plan.max_dropped, log)
     show = evaluate.Show(built, frozen, some, log)
 
@@ -122,26 +121,24 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
         checkpoints.save(number, now, meta, wait=wait)
 
     # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
-    batches: Iterator[PyTree] = pipeline.batches(source, **how, start_step=start) if start < plan.steps else iter(())
-    for number in range(start + 1, plan.steps + 1):
-        with log.waiting():
-            raw = next(batches)
-        now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh))
-        watch.add(number, raw["id"], metrics)
-        log.step(number, metrics)
-        last, stopping = number == plan.steps, stop.is_set()
-        with log.pause() if last or stopping or _due(number, plan) else contextlib.nullcontext():
-            if last or (plan.image_every and number % plan.image_every == 0):
-                show.images(number, now.ema)
-            if plan.evaluate_every and number % plan.evaluate_every == 0:
-                show.scores(number, now.ema)
-            if last or stopping or number % plan.save_every == 0:
-                watch.drain()
-                save(wait=last or stopping)
-        if stopping and not last:
-            raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
-    checkpoints.finish()
-    log.close()
+    with log, contextlib.closing(pipeline.batches(source, **how, start_step=start)) as batches, checkpoints:
+        for number in range(start + 1, plan.steps + 1):
+            with log.waiting():
+                raw = next(batches)
+            now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh))
+            watch.add(number, raw["id"], metrics)
+            log.step(number, metrics)
+            last, stopping = number == plan.steps, stop.is_set()
+            with log.pause() if last or stopping or _due(number, plan) else contextlib.nullcontext():
+                if last or (plan.image_every and number % plan.image_every == 0):
+                    show.images(number, now.ema)
+                if plan.evaluate_every and number % plan.evaluate_every == 0:
+                    show.scores(number, now.ema)
+                if last or stopping or number % plan.save_every == 0:
+                    watch.drain()
+                    save(wait=last or stopping)
+            if stopping and not last:
+                raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
     print(f"done: step {plan.steps}, state digest {checkpoint.digest(now)}")
 
 
@@ -167,7 +164,7 @@ def open_data(built: experiment.Experiment, plan: Schedule, frozen: PyTree, work
     return source, how
 
 
-def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState) -> Work:
+def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState) -> dict[str, Any]:
     """What one step does, for the rates of the log; FLOPs are those of three forwards of what is trained."""
     data, objective = built.config.data, built.objective
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
@@ -181,7 +178,13 @@ def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract
     dtype = experiment.compute_dtype(built.config.precision)
     peaks = [flops.peak(device.device_kind, dtype) for device in devices]
     total = None if None in peaks else sum(peaks)
-    return Work(plan.batch, plan.batch * data.frames, tokens, flops.training(forward), total)
+    return {
+        "samples": plan.batch,
+        "frames": plan.batch * data.frames,
+        "tokens": tokens,
+        "flops": flops.training(forward),
+        "peak": total,
+    }
 
 
 def _due(number: int, plan: Schedule) -> bool:

@@ -29,7 +29,7 @@ LIMITED = 1  # H.273 code of the 16-235 range
 def write_mp4(
     path: str | Path,
     video: UInt8[np.ndarray, "t h w 3"],
-    fps: float,
+    fps: float | int,
     crf: int = 18,
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
@@ -67,7 +67,7 @@ def write_mp4(
 _FASTSTART = {"movflags": "+faststart"}  # the index first: the file streams, and a cut-off copy still opens
 
 
-def _video_stream(container: av.container.OutputContainer, codec: str, fps: float, path: str | Path):
+def _video_stream(container: av.container.OutputContainer, codec: str, fps: float | int, path: str | Path):
     try:
         return container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
     except (av.error.FFmpegError, ValueError) as error:

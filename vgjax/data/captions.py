@@ -100,7 +100,8 @@ class Grammar:
     def _thing(self, clause: str, text: str) -> Thing:
         shapes = {word: name for name in self.shapes for word in SHAPES[name]}
         motions = {word: name for name in self.motions for word in MOTIONS[name]}
-        found = re.fullmatch(rf"(?:an? |the )?({'|'.join(self.colors)}) ({'|'.join(shapes)}) ({'|'.join(motions)})", clause)
+        color, shape, motion = ("|".join(words) for words in (self.colors, shapes, motions))
+        found = re.fullmatch(rf"(?:an? |the )?({color}) ({shape}) ({motion})", clause)
         if not found:
             raise UserError(
                 f"cannot read {clause!r} in the caption {text!r}: say `a COLOR SHAPE MOTION [on BACKGROUND]`, objects "

@@ -47,11 +47,11 @@ class Timeline:
     end: float
     stamped: bool
 
-    def available(self, fps: float | None) -> int:
+    def available(self, fps: float | int | None) -> int:
         """Frames that a window from the first frame to the end holds at `fps`."""
         return len(self.times) if fps is None else int(np.ceil((self.end - SLACK) * fps))
 
-    def window(self, frames: int, fps: float | None, rng: np.random.Generator | None) -> Int64[np.ndarray, " frames"]:
+    def window(self, frames: int, fps: float | int | None, rng: np.random.Generator | None) -> Int64[np.ndarray, " frames"]:
         """Positions of the frames on screen at `start + k / fps`; start: a random frame, or the first one without `rng`.
 
         `fps=None` takes consecutive frames whatever their times.
@@ -74,7 +74,7 @@ def read_clip(
     path: str | Path,
     frames: int,
     size: tuple[int, int],
-    fps: float | None = None,
+    fps: float | int | None = None,
     rng: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Reads `frames` frames at `fps`, the shorter side resized to fit `size` (height, width) and the rest cropped.
@@ -109,7 +109,8 @@ def timeline(path: str, modified_ns: int, size: int) -> Timeline:
         pts = np.array(sorted(durations), np.int64)
         keys = np.array(sorted(pts for pts, key, _ in packets if key), np.int64)
         times = (pts - pts[0]) * float(base)
-        return Timeline(times, pts, keys, times[-1] + (float((durations[pts[-1]] or 0) * base) or 1 / rate), True)
+        last = float((durations[pts[-1]] or 0) * base) or (np.median(np.diff(times)) if len(times) > 1 else 1 / rate)
+        return Timeline(times, pts, keys, float(times[-1] + last), True)
     # AVI and raw streams carry no presentation times: only decoding tells how many frames there are.
     with _open(path) as (container, stream):
         count = sum(1 for _ in container.decode(stream))
@@ -126,7 +127,7 @@ def _open(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
             raise Unreadable("has no video stream")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise Unreadable("has a codec that this build of FFmpeg can't decode")
+            raise Unreadable("its index is damaged, or this build of FFmpeg lacks its codec")
         stream.thread_type, stream.thread_count = "NONE", 1
         stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream

@@ -4,9 +4,9 @@
     python -m vgjax.data.shapes --world small --count 2000 --split train --out DIR
 
 Everything is relative (time in [0, 1], places in parts of the frame, diameters in parts of its shorter side), so one
-scene can be rendered at any length and resolution. Objects stay inside the frame and never touch, so that what a clip shows can be decided by rule
-(`vgjax.metrics.prompt`). A tenth of the (colour, shape, motion) combinations and a tenth of the captions are never
-trained on.
+scene can be rendered at any length and resolution. Objects stay inside the frame and never touch, so that what a clip
+shows can be decided by rule (`vgjax.metrics.prompt`). A tenth of the (colour, shape, motion) combinations and a tenth
+of the captions are never trained on.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
+from jaxtyping import Float, UInt8
 
 from vgjax.data import captions
 from vgjax.data.captions import Grammar, Request, Thing
 from vgjax.errors import UserError, door
-from vgjax.typing import Float, UInt8
 from vgjax.video import write_mp4
 
 RGB = {
@@ -49,7 +49,7 @@ Pose = tuple[float, float, float]  # y, x, diameter
 Ranges = dict[str, tuple[float, float]]
 SPLITS = ("train", "val", "novel")
 HELD_OUT = 10  # one combination in so many is never trained on
-MARGIN = 0.04  # between an object and the frame's edge
+MARGIN = 0.05  # between an object and the frame's edge
 GAP = 0.08  # between the areas that two objects sweep
 # Diameter, travel, smaller diameter and growth factor of an object, alone or one of two. At 32 pixels a shape below
 # seven pixels can no longer be told from another.
@@ -62,7 +62,7 @@ AXES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, 
 OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda y, x: np.hypot(y, x) - 1,
     "square": lambda y, x: np.maximum(abs(y), abs(x)) - np.sqrt(np.pi) / 2,
-    "triangle": lambda y, x: np.maximum(y, np.sqrt(0.75) * abs(x) - y / 2) - 0.57,
+    "triangle": lambda y, x: np.maximum(y, np.sqrt(0.75) * abs(x) - y / 2) - 0.54,
     "cross": lambda y, x: np.maximum(np.maximum(abs(y), abs(x)) - 1, np.minimum(abs(y), abs(x)) - 0.34),
 }
 
@@ -102,7 +102,7 @@ class World:
     max_objects: int = 1
     size: tuple[int, int] = (32, 32)
     frames: int = 17
-    fps: int = 8
+    fps: float | int = 8
 
     def __post_init__(self) -> None:
         known = {"colors": RGB, "shapes": OUTLINES, "motions": captions.MOTIONS, "backgrounds": RGB}
@@ -117,8 +117,8 @@ class World:
             raise UserError(f"world.backgrounds: {', '.join(both)} is an object's colour too and would hide it")
         if not 1 <= self.max_objects <= min(2, len(self.colors)):
             raise UserError(f"world.max_objects is {self.max_objects}: 1, or 2 with at least two colours")
-        if self.frames < 1 or min(self.size) < 8 or self.fps < 1:
-            raise UserError(f"world: {self.frames} frames of {self.size} at {self.fps} fps; at least 1 of (8, 8) at 1")
+        if self.frames < 1 or min(self.size) < 8 or self.fps <= 0:
+            raise UserError(f"world: {self.frames} frames of {self.size} at {self.fps} fps; at least 1 of (8, 8)")
 
     @property
     def combinations(self) -> tuple[Thing, ...]:
@@ -247,7 +247,8 @@ def _write_clip(world: World, folder: Path, split: str, seed: int, index: int) -
     scene, text = world.sample(rng, split)
     name = f"{index:06d}.mp4"
     video = render(scene, world.frames, world.size)
-    write_mp4(folder / name, video, world.fps, crf=10, pixel_format="yuv444p")
+    # Whole chroma: at 32 pixels 4:2:0 costs 16 dB on coloured edges (31 dB against 47, same file size).
+    write_mp4(folder / name, video, float(world.fps), crf=10, pixel_format="yuv444p")
     return {"video": name, "caption": text, "scene": dataclasses.asdict(scene)}
 
 

@@ -33,7 +33,7 @@ class Clip:
 
     frames: int
     size: tuple[int, int]
-    fps: float | None = None
+    fps: float | int | None = None
 
 
 class Source(Protocol):

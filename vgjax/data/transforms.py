@@ -18,11 +18,11 @@ from vgjax.errors import UserError
 class BadFiles:
     """The list of files that gave nothing: one {"file", "reason"} a line, each file once, shared by worker processes.
 
-    `path=None` keeps the list in memory. `under` counts only files whose name starts with it (one data set of several).
+    `path=None` keeps the list in memory. Given the `names` of a source, only its files count (several may share a list).
     """
 
-    def __init__(self, path: str | Path | None, under: str = ""):
-        self.path, self.under = path and Path(path), under
+    def __init__(self, path: str | Path | None, names: frozenset[str] | None = None):
+        self.path, self.names = path and Path(path), names
         self.known: dict[str, str] = {}
 
     def add(self, file: str, reason: str) -> None:
@@ -49,25 +49,25 @@ class BadFiles:
         found = self.known
         if self.path is not None:
             found = _parse(self.path.read_bytes()) if self.path.exists() else {}
-        return {file: reason for file, reason in found.items() if file.startswith(self.under)}
+        return {file: reason for file, reason in found.items() if self.names is None or file in self.names}
 
     @property
     def count(self) -> int:
         return len(self.entries())
 
-    def share(self, total: int) -> float:
-        """Bad files as a share of `total`."""
-        return self.count / max(1, total)
+    def share(self, total: int | None = None) -> float:
+        """Bad files as a share of `total`, or of the source's files."""
+        return self.count / max(1, len(self.names or ()) if total is None else total)
 
-    def check(self, total: int, allowed: float) -> None:
-        """Raises UserError when more than the allowed share is bad."""
-        bad = self.entries()
+    def check(self, allowed: float) -> None:
+        """Raises UserError when more than the allowed share of the source's files is bad."""
+        bad, total = self.entries(), len(self.names or ())
         if len(bad) > allowed * total:
             file, reason = next(iter(bad.items()))
             where = "" if self.path is None else f"; the list is {self.path}, delete it to have mended files tried again"
             raise UserError(
-                f"{len(bad)} of {total} files in {self.under or 'the source'} are bad, more than the allowed share of "
-                f"{allowed:g}; the first is {file} ({reason}){where}"
+                f"{len(bad)} of {total} files are bad, more than the allowed share of {allowed:g}; "
+                f"the first is {file}: {reason}{where}"
             )
 
 
@@ -106,7 +106,7 @@ class Load(MapWithIndex):
                 array, caption = self.source.load(number, self.clip, rng)
             except Unreadable as error:
                 self.bad.add(self.source.name(number), str(error))
-                self.bad.check(total(self.source), self.max_bad)
+                self.bad.check(self.max_bad)
                 continue
             text, mask = self.tokenizer("" if dropped else caption)
             return {
@@ -119,7 +119,6 @@ class Load(MapWithIndex):
         raise UserError(f"{self.source.path}: not one of {len(self.source)} records can be read; see {self.bad.path}")
 
 
-def total(source: Source) -> int:
-    """Distinct files of a source, the skipped ones included."""
-    names = {source.name(i) for i in range(len(source))} | {bad.file for bad in source.skipped}
-    return len(names)
+def names(source: Source) -> frozenset[str]:
+    """The distinct files of a source, the skipped ones included."""
+    return frozenset([source.name(i) for i in range(len(source))] + [bad.file for bad in source.skipped])

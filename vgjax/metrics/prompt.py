@@ -4,7 +4,7 @@
 
 The background is the median of the frame's border. What differs from it, connected in space and time, is a tube: one
 object on its way. Its colour is the nearest named one; its shape is the one whose render, at the tube's measured centre
-and area, overlaps best; its motion is a line fitted to centre and size. Colour and shape must hold in nearly every frame.
+and area, overlaps best; its motion is a line fitted to centre and size. Colour and shape must hold in most frames.
 """
 
 import functools
@@ -121,13 +121,13 @@ def _track(
     return Track(colors, shapes, _motion(time, y / h, x / w, np.sqrt(area)) if np.mean(there) >= STEADY else None)
 
 
-def _core(pixels: Float[np.ndarray, "n c"], away: Float[np.ndarray, "n"]) -> Float[np.ndarray, "c"]:
+def _core(pixels: np.ndarray, away: np.ndarray) -> np.ndarray:
     return np.median(pixels[away >= np.percentile(away, 60)], axis=0)
 
 
-def _nearest(color: Float[np.ndarray, "c"]) -> str | None:
-    name, distance = min(((n, np.linalg.norm(color - rgb)) for n, rgb in RGB.items()), key=lambda pair: pair[1])
-    return name if distance <= TOLERANCE else None
+def _nearest(color: np.ndarray) -> str | None:
+    distance = np.linalg.norm(color - np.array(list(RGB.values())), axis=1)
+    return list(RGB)[np.argmin(distance)] if distance.min() <= TOLERANCE else None
 
 
 def _moments(alpha: Float[np.ndarray, "t h w"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -138,7 +138,9 @@ def _moments(alpha: Float[np.ndarray, "t h w"]) -> tuple[np.ndarray, np.ndarray,
     return area, y, x
 
 
-def _shapes(alpha: np.ndarray, area: np.ndarray, y: np.ndarray, x: np.ndarray, known: Sequence[str]) -> list[str | None]:
+def _shapes(
+    alpha: Float[np.ndarray, "t h w"], area: np.ndarray, y: np.ndarray, x: np.ndarray, known: Sequence[str]
+) -> list[str | None]:
     """The shape whose render, as large and as centred, overlaps best, in each frame."""
     overlap = []
     for shape in known:

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from vgjax.errors import UserError
-from vgjax.nn.causal import CausalConv3D, CausalUpsample, Padding
+from vgjax.nn.causal import CausalConv3D, CausalDownsample, CausalUpsample, Padding
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import shard
 from vgjax.typing import Array, Dtype, Float, Params
@@ -121,11 +121,8 @@ class Pyramid(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
-    def conv(self, features: int, name: str, stride: tuple[int, int] = (1, 1)) -> CausalConv3D:
-        time, space = stride
-        return CausalConv3D(
-            features, stride=(time, space, space), padding=self.padding, dtype=self.dtype, name=name
-        )
+    def conv(self, features: int, name: str) -> CausalConv3D:
+        return CausalConv3D(features, padding=self.padding, dtype=self.dtype, name=name)
 
     def residual(self, x: Array, level: int | str, blocks: int) -> Array:
         block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
@@ -144,7 +141,7 @@ class Encoder(Pyramid):
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j z"]:
         x = self.residual(self.conv(self.channels[0], "conv_in")(x), 0, self.blocks)
         for level, stride in enumerate(self.strides, start=1):
-            x = self.conv(self.channels[level], f"down_{level}", stride)(x)
+            x = CausalDownsample(self.channels[level], *stride, self.padding, self.dtype, name=f"down_{level}")(x)
             x = self.residual(x, level, self.blocks)
         return self.head(self.residual(x, "mid", 1))
 
@@ -156,8 +153,8 @@ class Decoder(Pyramid):
     def __call__(self, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w c"]:
         x = self.residual(self.conv(self.channels[-1], "conv_in")(z), "mid", 1)
         for level, stride in reversed(list(enumerate(self.strides, start=1))):
-            x = CausalUpsample(*stride, name=f"repeat_{level}")(self.residual(x, level, self.blocks))
-            x = self.conv(self.channels[level - 1], f"up_{level}")(x)
+            x = self.residual(x, level, self.blocks)
+            x = CausalUpsample(self.channels[level - 1], *stride, self.padding, self.dtype, name=f"up_{level}")(x)
         return self.head(self.residual(x, 0, self.blocks))
 
 

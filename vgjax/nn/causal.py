@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from flax import linen as nn
 
 from vgjax.nn.linear import lecun
@@ -62,25 +62,83 @@ class CausalConv3D(nn.Module):
         return x
 
 
-class CausalUpsample(nn.Module):
-    """Nearest up-sampling by whole factors: `1 + k` frames become `1 + time*k`, a continued stream `k -> time*k`."""
+class CausalFold(nn.Module):
+    """Space and time to channels: `b 1+r*k (h p) (w p) c -> b 1+k h w (c r p p)`, a continued stream `r*k -> k`.
+
+    The first frame stands alone, so it fills all `time` places of its group.
+    """
 
     time: int = 1
     space: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j c"]:
-        # Repeats, not image.resize: a gather-free copy that XLA fuses into the next convolution's input.
-        x = repeat(x, "b t h w c -> b t (h p) (w q) c", p=self.space, q=self.space)
-        if self.time == 1:
-            return x
-        started = self.has_variable("cache", "started")
-        if self.is_mutable_collection("cache") and not self.is_initializing():
-            self.put_variable("cache", "started", jnp.ones((), bool))
-        if started:
-            return repeat(x, "b t h w c -> b (t r) h w c", r=self.time)
-        rest = repeat(x[:, 1:], "b t h w c -> b (t r) h w c", r=self.time)
-        return jnp.concatenate([x[:, :1], rest], axis=1)
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
+        if self.time > 1 and not _started(self):
+            x = jnp.concatenate([repeat(x[:, :1], "b 1 h w c -> b n h w c", n=self.time - 1), x], axis=1)
+        sizes = dict(r=self.time, p=self.space, q=self.space)
+        return rearrange(x, "b (t r) (h p) (w q) c -> b t h w (c r p q)", **sizes)
+
+
+class CausalUnfold(nn.Module):
+    """Channels to space and time, the inverse of `CausalFold`: `1 + k` frames become `1 + time*k`."""
+
+    time: int = 1
+    space: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
+        sizes = dict(r=self.time, p=self.space, q=self.space)
+        x = rearrange(x, "b t h w (c r p q) -> b (t r) (h p) (w q) c", **sizes)
+        return x if self.time == 1 or _started(self) else x[:, self.time - 1 :]
+
+
+def _started(module: nn.Module) -> bool:
+    """Whether the module continues a stream; if it starts one, it remembers that."""
+    started = module.has_variable("cache", "started")
+    if module.is_mutable_collection("cache") and not module.is_initializing():
+        module.put_variable("cache", "started", jnp.ones((), bool))
+    return started
+
+
+class CausalDownsample(nn.Module):
+    """A strided causal convolution plus the channel means of the folded input.
+
+    The parameter-free shortcut is that of DC-AE (Chen et al. 2024, arXiv:2410.10733) and Wan 2.2.
+    """
+
+    features: int
+    time: int = 1
+    space: int = 1
+    padding: Padding = "zeros"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
+        stride = (self.time, self.space, self.space)
+        y = CausalConv3D(self.features, stride=stride, padding=self.padding, dtype=self.dtype, name="conv")(x)
+        folded = CausalFold(self.time, self.space, name="fold")(x.astype(self.dtype))
+        return y + reduce(folded, "b t h w (d n) -> b t h w d", "mean", d=self.features)
+
+
+class CausalUpsample(nn.Module):
+    """Nearest up-sampling and a causal convolution, plus the unfolded copies of the input's channels."""
+
+    features: int
+    time: int = 1
+    space: int = 1
+    padding: Padding = "zeros"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
+        volume = self.time * self.space**2
+
+        def unfold(copies: int, name: str) -> Array:
+            # Copies and a rearrangement, not image.resize: no gather.
+            return CausalUnfold(self.time, self.space, name=name)(repeat(x, "b t h w c -> b t h w (c n)", n=copies))
+
+        conv = CausalConv3D(self.features, padding=self.padding, dtype=self.dtype, name="conv")
+        return conv(unfold(volume, "nearest")) + unfold(volume * self.features // x.shape[-1], "shortcut")
 
 
 def conv3d(x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple) -> Float[Array, "b s i j d"]:

@@ -1,0 +1,234 @@
+"""The training stream: grain decides the order, workers load, a watchdog keeps it from ever hanging.
+
+Batch number `step` is a function of (seed, step) alone: the same for any number of workers, and after a resume, which
+just starts at `start_step`. So a dead worker costs nothing but its restart.
+"""
+
+import functools
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from vgjax.data.decode import Unreadable
+from vgjax.data.sources import Clip, Source
+from vgjax.data.text import Bytes, Words
+from vgjax.data.transforms import BadFiles, Load, names
+from vgjax.errors import LoaderError, UserError
+
+Batch = dict[str, np.ndarray]
+GRACE_S = 5.0  # for workers to finish their batch and free shared memory before they are killed
+
+
+def batches(
+    source: Source,
+    *,
+    seed: int,
+    batch: int,
+    tokenizer: Bytes | Words,
+    drop_caption: float | int,
+    frames: int = 1,
+    size: tuple[int, int] = (1, 1),
+    fps: float | int | None = None,
+    start_step: int = 0,
+    workers: int = 0,
+    threads: int = 2,
+    bad_files: str | Path | None = None,
+    max_bad: float | int = 0.1,
+    timeout_s: float | int = 300.0,
+) -> "Batches":
+    """Endless batches from `start_step` on: video uint8 `b t h w c` or latent f32, text, mask, index, id.
+
+    `frames`, `size` (height, width) and `fps` are for videos; latents are what they are. With `workers` each batch is
+    loaded in one of as many processes, otherwise in `threads` of this one. A record that can't be used is replaced by the
+    next one and listed in `bad_files`; more than `max_bad` of the source raises UserError. A worker that dies is
+    restarted, once a batch; then, or when no batch comes for `timeout_s` seconds, LoaderError names it.
+    """
+    if batch < 1 or workers < 0 or threads < 1 or not 0 <= drop_caption <= 1 or not 0 <= max_bad <= 1:
+        raise UserError(
+            f"need batch >= 1, workers >= 0, threads >= 1 and shares in [0, 1], got batch={batch}, workers={workers}, "
+            f"threads={threads}, drop_caption={drop_caption}, max_bad={max_bad}"
+        )
+    bad = BadFiles(bad_files, names(source))
+    for file, reason in source.skipped:
+        bad.add(file, reason)
+    bad.check(max_bad)
+    load = Load(source, Clip(frames, size, fps), tokenizer, drop_caption, seed, bad, max_bad)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # Batched before it becomes an iterator: batching after it loses batches under mp_prefetch.
+    return Batches(order.map_with_index(load).batch(batch), start_step, workers, threads, timeout_s, bad)
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over `dataset[start_step:]` that restarts dead workers and never waits longer than `timeout_s`.
+
+    `step` is the number of the next batch, `bad` the list of bad files, `restarts` how often a worker was replaced.
+    """
+
+    def __init__(
+        self, dataset: grain.MapDataset, start_step: int, workers: int, threads: int, timeout_s: float | int, bad: BadFiles
+    ):
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its flags, also outside of an absl app
+        self.dataset, self.step, self.workers, self.threads = dataset, start_step, workers, threads
+        self.timeout_s, self.bad, self.restarts = timeout_s, bad, 0
+        self._stream: _Stream | None = None
+        self._restarted_at = -1
+
+    def __next__(self) -> Batch:
+        while True:
+            self._stream = self._stream or _Stream(self.dataset[self.step :], self.step, self.workers, self.threads)
+            item = self._stream.take(self.step, self.timeout_s)
+            if not isinstance(item, Exception):
+                self.step += 1
+                return item
+            dead = [] if isinstance(item, UserError) else self._stream.dead()
+            self.close()
+            if not dead:
+                raise item
+            if self._restarted_at == self.step:
+                raise LoaderError(
+                    f"{dead} died twice while loading batch {self.step} ({item}); memory may be short, or a file crashes "
+                    "the decoder; start again to continue"
+                ) from item
+            logging.getLogger(__name__).warning("%s died before batch %d; all workers are restarted", dead, self.step)
+            self._restarted_at, self.restarts = self.step, self.restarts + 1
+
+    def close(self) -> None:
+        """Ends the workers. The next batch, if asked for, starts new ones."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class _Stream:
+    """One run of grain's iterator, in a thread of its own so that waiting for it can be given up.
+
+    Workers write their process ids into a folder: grain does not say which process is which worker.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, first: int, workers: int, threads: int):
+        self.first, self.workers = first, workers
+        self.folder = tempfile.TemporaryDirectory(prefix="vgjax-workers-")
+        count = 1 if workers else threads
+        stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=count, prefetch_buffer_size=count))
+        if workers:
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+                worker_init_fn=functools.partial(_register, self.folder.name),
+            )
+        self.ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=1)
+        stop = threading.Event()
+        pump = threading.Thread(target=_pump, args=(stream, self.ready, stop), daemon=True)
+        # Also called at exit: a worker that does not answer would keep the interpreter from ending.
+        self.close = weakref.finalize(self, _end, stop, pump, self.folder, GRACE_S)
+        pump.start()
+
+    def take(self, step: int, timeout_s: float) -> Batch | Exception:
+        """The next batch, or the reason why there is none."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.ready.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            except queue.Empty:
+                if dead := self.dead():
+                    return RuntimeError(f"{dead} ended without a word")
+            if time.monotonic() >= deadline:
+                # Slices are dealt in turn: batch k comes from worker k modulo their number.
+                number = (step - self.first) % max(1, self.workers)
+                who = f"worker {number} (process {_pids(self.folder.name).get(number)})" if self.workers else "the threads"
+                return LoaderError(
+                    f"batch {step} did not come from {who} within {timeout_s:g} s; start again to continue, "
+                    "with a larger timeout_s if the storage is just slow"
+                )
+
+    def dead(self) -> str:
+        """Names of the workers that are gone, empty if none."""
+        alive = {process.pid for process in multiprocessing.active_children()}
+        gone = [(number, pid) for number, pid in _pids(self.folder.name).items() if pid not in alive]
+        return ", ".join(f"worker {number} (process {pid})" for number, pid in gone)
+
+
+def _pump(stream: grain.IterDataset, ready: queue.Queue, stop: threading.Event) -> None:
+    def put(item: Batch | Exception) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    iterator = iter(stream)
+    try:
+        while not stop.is_set():
+            # Copied out of grain's shared memory, which is then freed here and not whenever the batch dies.
+            put({name: np.array(array) for name, array in next(iterator).items()})
+    except Exception as error:
+        put(error)
+    finally:
+        iterator.close()
+
+
+def _register(folder: str, worker: int, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides
+    Path(folder, f"{worker}.tmp").write_text(str(os.getpid()))
+    os.rename(Path(folder, f"{worker}.tmp"), Path(folder, str(worker)))
+
+
+def _pids(folder: str) -> dict[int, int]:
+    return {int(file.name): int(file.read_text()) for file in sorted(Path(folder).glob("*")) if file.suffix != ".tmp"}
+
+
+def _end(stop: threading.Event, pump: threading.Thread, folder: tempfile.TemporaryDirectory, grace_s: float) -> None:
+    stop.set()
+    pump.join(grace_s)
+    alive = {process.pid for process in multiprocessing.active_children()}
+    for pid in _pids(folder.name).values():
+        if pid in alive:
+            os.kill(pid, signal.SIGKILL)
+    folder.cleanup()
+
+
+class Example(NamedTuple):
+    """One record of a pass over a source: `array` uint8 video or f32 latent, or None and the `reason`."""
+
+    id: int
+    file: str
+    caption: str
+    array: np.ndarray | None
+    reason: str | None
+
+
+def examples(
+    source: Source, *, frames: int = 1, size: tuple[int, int] = (1, 1), fps: float | int | None = None, threads: int = 2
+) -> Iterator[Example]:
+    """Every record once, in order: first window, centre crop, full caption. Bad ones come with their reason.
+
+    What the source skipped comes first, with id -1.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    for file, reason in source.skipped:
+        yield Example(-1, file, "", None, reason)
+    load = functools.partial(_example, source, Clip(frames, size, fps))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    yield from grain.MapDataset.range(len(source)).map(load).to_iter_dataset(options)
+
+
+def _example(source: Source, clip: Clip, record: int) -> Example:
+    try:
+        array, caption = source.load(int(record), clip, None)
+        return Example(int(record), source.name(int(record)), caption, array, None)
+    except Unreadable as error:
+        return Example(int(record), source.name(int(record)), "", None, str(error))
