@@ -10,16 +10,11 @@ and Adam moments. Writes benchmarks/results/bitflips.json.
 
 import argparse
 import contextlib
-import datetime
 import io
-import json
 import logging
-import os
-import platform
 import random
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -27,11 +22,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from record import write
 
-from vgjax import checkpoint, storage
+from vgjax import storage
 from vgjax.checkpoint import Checkpoints, digest
-
-HERE = Path(__file__).parent
 
 
 def state(step: int, width: int = 64, blocks: int = 4) -> dict:
@@ -126,11 +120,6 @@ def speed(root: Path, repeats: int = 7) -> dict:
     }
 
 
-def commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else "none"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flips", type=int, default=200)
@@ -140,17 +129,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "command": f"python benchmarks/bitflips.py --flips {args.flips} --seed {args.seed}",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-            "versions": checkpoint.versions(),
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
             **damage(Path(folder) / "damage", args.flips, args.seed),
             "save speed": speed(Path(folder) / "speed"),
         }
-    out = HERE / "results" / "bitflips.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    write("bitflips", result)
     raise SystemExit(0 if result["all noticed"] else 1)
 
 

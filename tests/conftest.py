@@ -1,11 +1,17 @@
 """Eight virtual CPU devices, a compilation cache shared by all runs, parsed absl flags (grain reads them)."""
 
+import fcntl
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
+import pytest
 from absl import flags
+
+ROOT = Path(__file__).parents[1]
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -14,3 +20,26 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # the programs that tests start
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 flags.FLAGS.mark_as_parsed()
+
+
+def program(module: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m vgjax.<module> args` as a user would."""
+    command = [sys.executable, "-m", f"vgjax.{module}", *map(str, args)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a tiny trained `vae` and `dit`, made once for all workers of a test run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "trained"
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for arg in ("vae", "dit"):
+            if not (folder / f"{arg}.log").exists():
+                ran = program("train", "--config", f"tests/tiny.py:{arg}", "--workdir", folder / arg)
+                assert ran.returncode == 0, ran.stderr[-2000:]
+                (folder / f"{arg}.log").write_text(ran.stdout)
+    return folder

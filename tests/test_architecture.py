@@ -80,7 +80,8 @@ def test_mesh_axes_are_named_only_in_layouts(path):
     if path.name == "layouts.py":
         return
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("P", "PartitionSpec"):
+        name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+        if name in ("P", "PartitionSpec"):
             assert not any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) for arg in node.args)
         assert not (isinstance(node, ast.Constant) and node.value == "fsdp")
 
@@ -124,7 +125,10 @@ def test_reshapes_and_transposes_are_einops(path):
         assert not re.search(r"\.(reshape|transpose|swapaxes|moveaxis)\(", path.read_text())
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if package(p) == "models" and p.name != "__init__.py"], ids=lambda p: p.stem)
+MODELS = [path for path in FILES if package(path) == "models" and path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
 def test_every_model_has_a_test_a_config_and_shapes(path):
     assert (ROOT / "tests" / "models" / f"test_{path.stem}.py").exists()
     assert re.search(r"(Float|Int)\[Array", path.read_text())

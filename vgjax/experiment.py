@@ -54,7 +54,7 @@ class Experiment:
         return self.objective.vae if isinstance(self.objective, FlowObjective) else self.objective.model
 
 
-def call(where: str, function: Callable[..., Any], section: Mapping[str, Any], **given: Any) -> Any:
+def call(where: str, function: Callable[..., Any], section: Mapping[str, Any] | ConfigDict, **given: Any) -> Any:
     """`function(**section, **given)`, each key and simple type of the section checked against the signature."""
     known = {name: p for name, p in inspect.signature(function).parameters.items() if name not in ("parent", "name")}
     open_keys = [name for name in known if name not in given]
@@ -68,7 +68,7 @@ def call(where: str, function: Callable[..., Any], section: Mapping[str, Any], *
     return function(**{key: _plain(value) for key, value in section.items()}, **given)
 
 
-def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any] | ConfigDict) -> tuple[Any, dict[str, Any]]:
     """(what `kind` names in the table, the rest of the section)."""
     rest = dict(section)
     kind = rest.pop("kind", None)
@@ -77,7 +77,7 @@ def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any]) -> 
     return table[kind], rest
 
 
-def model(where: str, section: Mapping[str, Any], dtype: Any) -> Any:
+def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any) -> Any:
     """A module from its SIZES row and overrides."""
     (module, sizes), rest = choose(where, MODELS, section)
     size = rest.pop("size", None)
@@ -97,9 +97,7 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     maker, rest = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
     tokenizer = call("config.tokenizer", maker, rest)
     frozen = model("config.model", vae.model, dtype)
-    encoder = call(
-        "config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype
-    )
+    encoder = call("config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
     velocity = model("config.model", {**of_model, **config.model}, dtype)
     law, law_rest = choose("config.time", TIMES, config.time)
@@ -128,7 +126,9 @@ def compute_dtype(precision: str) -> Any:
     return table[precision]
 
 
-def optimizer(section: Mapping[str, Any], steps: int) -> tuple[optax.GradientTransformation, dict[str, Any]]:
+def optimizer(
+    section: Mapping[str, Any] | ConfigDict, steps: int
+) -> tuple[optax.GradientTransformation, dict[str, Any]]:
     """(AdamW with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
     rest = dict(section)
     of_step = {key: rest.pop(key) for key in ("clip", "ema", "accumulate") if key in rest}
@@ -146,7 +146,7 @@ def world_of(config: ConfigDict) -> shapes.World:
 
 
 def source(config: ConfigDict, split: str = "train") -> Folder:
-    """The videos of a split: the rendered world, written once as files under `data.path/split`, or the user's folder."""
+    """The videos of a split: the rendered world, written once under `data.path/split`, or the user's folder."""
     data = config.data
     if data.kind == "shapes":
         world = world_of(config)

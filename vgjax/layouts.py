@@ -35,7 +35,7 @@ class Layout:
         known = math.prod(size for size in sizes if size != -1)
         if len(devices) % known or (-1 not in sizes and known != len(devices)):
             shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-            raise UserError(f"layout ({shape}) does not fit {len(devices)} devices: set config.layout.devices or a size")
+            raise UserError(f"layout ({shape}) does not fit {len(devices)} devices: set config.layout.devices")
         sizes = [len(devices) // known if size == -1 else size for size in sizes]
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -25,7 +25,7 @@ def schedule(kind: str, lr: float, warmup: int, steps: int, final: float = 0.0) 
 
 
 def decay_mask(params: Params) -> PyTree:
-    """True for kernels alone: biases, norm scales, embeddings and positions are not decayed, stacked in layers or not."""
+    """True for kernels alone: biases, norm scales and embeddings are not decayed, stacked in layers or not."""
     return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") == "kernel", params)
 
 

@@ -142,7 +142,9 @@ def load(path: str | Path, weights: str = "ema") -> Sampler:
     tree, meta, _ = checkpoint.load(path, items=(weights,))
     config = ConfigDict(meta["config"])
     if config.objective.kind != "flow":
-        raise UserError(f"{path} holds a {config.objective.kind}, not a text-to-video model: give a flow training's workdir")
+        raise UserError(
+            f"{path} holds a {config.objective.kind}, not a text-to-video model: give the workdir of a flow"
+        )
     of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
     built = experiment.build(config, of_vae)
     return Sampler(built, tree[weights], frozen, settings_of(config))
@@ -203,13 +205,21 @@ def main(argv: list[str]) -> None:
         video.write_mp4(file, clip, fps, codec=args.codec)
     sheet = out / "contact_sheet.png"
     video.contact_sheet(list(videos), prompts, path=sheet)
-    record = vars(args) | dataclasses.asdict(used) | {
-        "frames": videos.shape[1],
-        "size": list(videos.shape[2:4]),
-        "fps": fps,
-        "videos": [{"file": file.name, "prompt": p, "index": i} for i, (file, p) in enumerate(zip(files, prompts, strict=True))],
-        "versions": checkpoint.versions(),
-    }
+    named = [
+        {"file": file.name, "prompt": text, "index": i}
+        for i, (file, text) in enumerate(zip(files, prompts, strict=True))
+    ]
+    record = (
+        vars(args)
+        | dataclasses.asdict(used)
+        | {
+            "frames": videos.shape[1],
+            "size": list(videos.shape[2:4]),
+            "fps": fps,
+            "videos": named,
+            "versions": checkpoint.versions(),
+        }
+    )
     (out / "sample.json").write_text(json.dumps(record, indent=1))
     print(f"{len(videos)} videos in {out}, contact sheet {sheet}")
 

@@ -65,7 +65,7 @@ def use(layout: Any, mesh: Mesh) -> Iterator[Mesh]:
 
 
 def shard(x: Array, *names: str | None) -> Array:
-    """Constrains an activation to the active layout by the logical names of its dims; the identity when none is active."""
+    """Constrains an activation to the active layout by the logical names of its dims; with none active, the identity."""
     active = _active.get()
     if active is None:
         return x
@@ -103,7 +103,7 @@ def unboxed(tree: PyTree) -> PyTree:
 
 
 def shardings(tree: PyTree, layout: Any, mesh: Mesh) -> PyTree:
-    """NamedShardings of a boxed (abstract) tree, one per leaf of `unboxed(tree)`; leaves without names are replicated."""
+    """NamedShardings of a boxed (abstract) tree, one a leaf of `unboxed(tree)`; leaves without names are replicated."""
 
     def one(leaf: Any) -> NamedSharding:
         if isinstance(leaf, Named):

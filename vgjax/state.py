@@ -14,18 +14,21 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax import sharding
-from vgjax.typing import Array, Int, Params, PyTree
+from vgjax.typing import Array, Params, PyTree
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a step changes. `params`, `opt` and `ema` are dicts by player, fp32, sharded alike."""
+    """Everything that a step changes. `params`, `opt` and `ema` are dicts by player, fp32, sharded alike.
 
-    step: Int[Array, ""]
+    The same structure holds arrays, their abstract shapes or their shardings.
+    """
+
+    step: Any  # int32
     params: Params
     opt: PyTree
     ema: Params
-    dropped: Int[Array, "2"]  # non-finite steps: in a row up to now, and in all
-    seed: Int[Array, ""]
+    dropped: Any  # int32 of 2: non-finite steps in a row up to now, and in all
+    seed: Any  # int32
 
 
 def builder(

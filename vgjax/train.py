@@ -111,7 +111,8 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
     # 2. What to show while it runs.
     log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract))
-    log.event(start, "start", f"{state.parameter_count(abstract.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
+    count = state.parameter_count(abstract.params)
+    log.event(start, "start", f"{count:,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
     watch = Watch(plan.max_dropped, log)
     show = evaluate.Show(built, frozen, some, log)
 
@@ -142,7 +143,9 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     print(f"done: step {plan.steps}, state digest {checkpoint.digest(now)}")
 
 
-def open_data(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path) -> tuple[Any, dict[str, Any]]:
+def open_data(
+    built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path
+) -> tuple[Any, dict[str, Any]]:
     """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
     config, data = built.config, built.config.data
     source, bad = experiment.source(config), workdir / "bad_files.jsonl"

@@ -37,7 +37,8 @@ def write_mp4(
     """Writes an mp4, tagged BT.709 so that every player (and our reader) gets the same colours back.
 
     `fps` in frames per second, `crf` the constant quality of x264 (lower is better, 18 is visually lossless).
-    Raises UserError for a codec this build of FFmpeg lacks, an odd size with 4:2:0 chroma, or a place that can't be written.
+    4:2:0 blurs the rims of small saturated shapes (29 dB on 64x64 discs, 44 dB with pixel_format="yuv444p"). Raises
+    UserError for a codec that FFmpeg lacks here, an odd size with 4:2:0 chroma, or a place that can't be written.
     """
     t, h, w, _ = video.shape
     if t == 0 or fps <= 0:
@@ -71,7 +72,9 @@ def _video_stream(container: av.container.OutputContainer, codec: str, fps: floa
     try:
         return container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
     except (av.error.FFmpegError, ValueError) as error:
-        known = [name for name in ("libx264", "libopenh264", "mpeg4", "libx265", "libvpx-vp9", "libsvtav1") if _has(name)]
+        known = [
+            name for name in ("libx264", "libopenh264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4") if _has(name)
+        ]
         raise UserError(
             f"{path}: this build of FFmpeg can't write the codec {codec!r} to mp4 ({error}); it has: {', '.join(known)}"
         ) from error
@@ -94,7 +97,8 @@ def _whole_file(path: str | Path) -> Iterator[str]:
         yield str(temporary)
         os.replace(temporary, path)
     except (OSError, av.error.OSError) as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); check the folder, its rights and the disk") from error
+        why = error.strerror or error
+        raise UserError(f"{path}: can't be written ({why}); check the folder, its rights and the disk") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,11 +113,11 @@ def contact_sheet(
 ) -> Image.Image:
     """A picture with one row per video: `frames` moments spread over time, the caption under them.
 
-    Frames are shown at about `cell` pixels of height: small ones grow by a whole factor without blur, large ones shrink.
-    `text` is the font size in pixels. Saved as PNG where `path` is given.
+    Frames are shown at about `cell` pixels of height: small ones grow by a whole factor without blur, large ones
+    shrink. `text` is the font size in pixels. Saved as PNG where `path` is given.
     """
     if len(videos) != len(captions) or not videos:
-        raise UserError(f"a contact sheet needs one caption per video and at least one, got {len(videos)}, {len(captions)}")
+        raise UserError(f"a contact sheet needs one caption per video, got {len(captions)} for {len(videos)} videos")
     font = ImageFont.load_default(size=text)
     rows = [_moments(video, frames, cell) for video in videos]
     gap, line = 4, round(text * 1.35)

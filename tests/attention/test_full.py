@@ -35,19 +35,13 @@ def inputs():
 
 
 def naive(q, k, v, segments):
-    """One query at a time, over the keys it may see; no key: 0."""
-    out = []
-    for b in range(B):
-        for n in range(N):
-            seen = [
-                m for m in range(M) if segments is None or segments.kv[b, m] == segments.q[b, n] and segments.kv[b, m]
-            ]
-            if not seen:
-                out.append(jnp.zeros((H, K)))
-                continue
-            weights = jax.nn.softmax(jnp.einsum("hk,mhk->hm", q[b, n], k[b, jnp.array(seen)]) / K**0.5, axis=-1)
-            out.append(jnp.einsum("hm,mhk->hk", weights, v[b, jnp.array(seen)]))
-    return rearrange(jnp.stack(out), "(b n) h k -> b n h k", b=B)
+    """The formula as it stands in the paper, without care for overflow; a query that sees no key gets 0."""
+    seen = jnp.ones((B, 1, N, M))
+    if segments is not None:
+        seen = (segments.q[:, None, :, None] == segments.kv[:, None, None, :]) * (segments.kv > 0)[:, None, None, :]
+    weights = jnp.exp(jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5) * seen
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights / jnp.where(total == 0, 1, total), v)
 
 
 def value_and_gradients(attention, q, k, v):

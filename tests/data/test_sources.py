@@ -50,7 +50,14 @@ def test_what_cannot_be_used_is_skipped_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b"{broken", b'{"video": "a.png"}', b'{"caption": "a"}', b'["a.png", "b"]', b'{"video": 3, "caption": "x"}', b"\xff\xfe"],
+    [
+        b"{broken",
+        b'{"video": "a.png"}',
+        b'{"caption": "a"}',
+        b'["a.png", "b"]',
+        b'{"video": 3, "caption": "x"}',
+        b"\xff\xfe",
+    ],
 )
 def test_a_broken_captions_line_is_named_by_file_and_number(tmp_path, line):
     image(tmp_path / "a.png")

@@ -74,7 +74,9 @@ def test_two_hashes_keep_apart_what_one_confuses():
     assert abs(np.corrcoef(ids[:, 0], ids[:, 1])[0, 1]) < 0.1
 
 
-@pytest.mark.parametrize(("make", "said"), [(lambda: Bytes(0), "at least 1"), (lambda: Words(4, buckets=2), "more than 2")])
+@pytest.mark.parametrize(
+    ("make", "said"), [(lambda: Bytes(0), "at least 1"), (lambda: Words(4, buckets=2), "more than 2")]
+)
 def test_useless_sizes_are_refused(make, said):
     with pytest.raises(UserError, match=said):
         make()

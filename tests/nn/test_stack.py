@@ -62,7 +62,7 @@ def test_layers_start_different_and_carry_a_leading_layers_name():
 def test_unrolled_program_has_no_loop():
     def text(scan):
         stack = Stack(partial(Block, 4), LENGTH, scan=scan)
-        return jax.jit(lambda p: stack.apply({"params": p}, *inputs())).lower(params()).as_text()
+        return jax.jit(lambda p, x, y: stack.apply({"params": p}, x, y)).lower(params(), *inputs()).as_text()
 
     assert "while" in text(True) and "while" not in text(False)
 

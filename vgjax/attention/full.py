@@ -55,8 +55,6 @@ def _batched(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
 def _by_chunks(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
     """`chunk` queries of all heads at a time; the backward pass recomputes their scores."""
     n = q.shape[2]
-    if n <= chunk:
-        return _batched(q, k, v, segments)
     count = -(-n // chunk)
     q = rearrange(_pad(q, 2, count), "b h (c n) k -> c b h n k", c=count)
     ids = None if segments is None else rearrange(_pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
@@ -65,7 +63,8 @@ def _by_chunks(q: Array, k: Array, v: Array, segments: Segments | None, chunk: i
     def one(part: tuple[Array, Array | None]) -> Array:
         return _batched(part[0], k, v, None if segments is None else Segments(part[1], segments.kv))
 
-    return rearrange(jax.lax.map(one, (q, ids)), "c b h n k -> b h (c n) k")[:, :, :n]
+    o = one((q[0], ids if ids is None else ids[0]))[None] if count == 1 else jax.lax.map(one, (q, ids))
+    return rearrange(o, "c b h n k -> b h (c n) k")[:, :, :n]
 
 
 def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
@@ -79,7 +78,7 @@ def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: in
 
     ids = None if segments is None else Segments(*(repeat(a, "b n -> (b h) n", h=heads) for a in segments))
     qkv = (rearrange(a, "b h n k -> (b h) n k") for a in (q, k, v))
-    return rearrange(jax.lax.map(jax.checkpoint(one), (*qkv, ids)), "(b h) n k -> b h n k", h=heads)
+    return rearrange(jax.lax.map(one, (*qkv, ids)), "(b h) n k -> b h n k", h=heads)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "..."] | None) -> Array:

@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -29,7 +30,9 @@ from vgjax.data.transforms import BadFiles, Load, names
 from vgjax.errors import LoaderError, UserError
 
 Batch = dict[str, np.ndarray]
-GRACE_S = 5.0  # for workers to finish their batch and free shared memory before they are killed
+ONE_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+GRACE_S = 3.0  # for workers to finish their batch and free shared memory before they are killed
 
 
 def batches(
@@ -52,23 +55,35 @@ def batches(
     """Endless batches from `start_step` on: video uint8 `b t h w c` or latent f32, text, mask, index, id.
 
     `frames`, `size` (height, width) and `fps` are for videos; latents are what they are. With `workers` each batch is
-    loaded in one of as many processes, otherwise in `threads` of this one. A record that can't be used is replaced by the
-    next one and listed in `bad_files`; more than `max_bad` of the source raises UserError. A worker that dies is
+    loaded in one of as many processes, otherwise in `threads` of this one. A record that can't be used is replaced by
+    the next one and listed in `bad_files`; more than `max_bad` of the source raises UserError. A worker that dies is
     restarted, once a batch; then, or when no batch comes for `timeout_s` seconds, LoaderError names it.
     """
-    if batch < 1 or workers < 0 or threads < 1 or not 0 <= drop_caption <= 1 or not 0 <= max_bad <= 1:
-        raise UserError(
-            f"need batch >= 1, workers >= 0, threads >= 1 and shares in [0, 1], got batch={batch}, workers={workers}, "
-            f"threads={threads}, drop_caption={drop_caption}, max_bad={max_bad}"
-        )
+    for name, value in {
+        "batch": batch,
+        "threads": threads,
+        "frames": frames,
+        "height": size[0],
+        "width": size[1],
+    }.items():
+        if value < 1:
+            raise UserError(f"the data needs {name} >= 1, got {name}={value}")
+    for name, value in {"seed": seed, "start_step": start_step, "workers": workers}.items():
+        if value < 0:
+            raise UserError(f"the data needs {name} >= 0, got {name}={value}")
+    for name, value in {"drop_caption": drop_caption, "max_bad": max_bad}.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"the data needs {name} in [0, 1], got {name}={value}")
+    if fps is not None and fps <= 0:
+        raise UserError(f"the data needs fps > 0 (or None for every frame), got fps={fps}")
     bad = BadFiles(bad_files, names(source))
     for file, reason in source.skipped:
         bad.add(file, reason)
     bad.check(max_bad)
     load = Load(source, Clip(frames, size, fps), tokenizer, drop_caption, seed, bad, max_bad)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # Batched before it becomes an iterator: batching after it loses batches under mp_prefetch.
-    return Batches(order.map_with_index(load).batch(batch), start_step, workers, threads, timeout_s, bad)
+    endless = grain.MapDataset.range(sys.maxsize).map(load).batch(batch)
+    return Batches(endless, start_step, workers, threads, timeout_s, bad)
 
 
 class Batches(Iterator[Batch]):
@@ -78,10 +93,15 @@ class Batches(Iterator[Batch]):
     """
 
     def __init__(
-        self, dataset: grain.MapDataset, start_step: int, workers: int, threads: int, timeout_s: float | int, bad: BadFiles
+        self,
+        dataset: grain.MapDataset,
+        start_step: int,
+        workers: int,
+        threads: int,
+        timeout_s: float | int,
+        bad: BadFiles,
     ):
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads its flags, also outside of an absl app
+        _parse_flags()
         self.dataset, self.step, self.workers, self.threads = dataset, start_step, workers, threads
         self.timeout_s, self.bad, self.restarts = timeout_s, bad, 0
         self._stream: _Stream | None = None
@@ -93,15 +113,19 @@ class Batches(Iterator[Batch]):
             item = self._stream.take(self.step, self.timeout_s)
             if not isinstance(item, Exception):
                 self.step += 1
-                return item
-            dead = [] if isinstance(item, UserError) else self._stream.dead()
+                # Copied out of grain's shared memory, which is then freed now and not whenever the batch dies.
+                return {name: np.array(array) for name, array in item.items()} if self.workers else item
+            dead = self._stream.dead() if isinstance(item, RuntimeError) else ""
+            if not dead and "terminated unexpectedly" in str(item):  # grain's words
+                dead = "a starting worker"
+            self._stream.kill()
             self.close()
             if not dead:
                 raise item
             if self._restarted_at == self.step:
                 raise LoaderError(
-                    f"{dead} died twice while loading batch {self.step} ({item}); memory may be short, or a file crashes "
-                    "the decoder; start again to continue"
+                    f"{dead} died twice while loading batch {self.step} ({item}); memory may be short, or a file "
+                    "crashes the decoder; start again to continue"
                 ) from item
             logging.getLogger(__name__).warning("%s died before batch %d; all workers are restarted", dead, self.step)
             self._restarted_at, self.restarts = self.step, self.restarts + 1
@@ -113,6 +137,11 @@ class Batches(Iterator[Batch]):
             self._stream = None
 
 
+def _parse_flags() -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its flags, also outside of an absl app
+
+
 class _Stream:
     """One run of grain's iterator, in a thread of its own so that waiting for it can be given up.
 
@@ -122,33 +151,43 @@ class _Stream:
     def __init__(self, dataset: grain.MapDataset, first: int, workers: int, threads: int):
         self.first, self.workers = first, workers
         self.folder = tempfile.TemporaryDirectory(prefix="vgjax-workers-")
-        count = 1 if workers else threads
-        stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=count, prefetch_buffer_size=count))
         if workers:
-            stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-                worker_init_fn=functools.partial(_register, self.folder.name),
-            )
-        self.ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=1)
+            streams = [
+                dataset.to_iter_dataset(ONE_AHEAD).mp_prefetch(
+                    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+                    worker_init_fn=functools.partial(_register, self.folder.name),
+                )
+            ]
+        else:
+            # Not grain's threads: the interpreter waits for those at its end, also for one that is stuck.
+            streams = [dataset[k::threads].to_iter_dataset(IN_PLACE) for k in range(threads)]
         stop = threading.Event()
-        pump = threading.Thread(target=_pump, args=(stream, self.ready, stop), daemon=True)
+        self.ready: list[queue.Queue] = [queue.Queue(maxsize=1) for _ in streams]
+        pumps = [
+            threading.Thread(target=_pump, args=(stream, ready, stop), daemon=True)
+            for stream, ready in zip(streams, self.ready, strict=True)
+        ]
         # Also called at exit: a worker that does not answer would keep the interpreter from ending.
-        self.close = weakref.finalize(self, _end, stop, pump, self.folder, GRACE_S)
-        pump.start()
+        self.pumps = pumps
+        self.close = weakref.finalize(self, _end, stop, pumps, self.folder)
+        for pump in pumps:
+            pump.start()
 
-    def take(self, step: int, timeout_s: float) -> Batch | Exception:
-        """The next batch, or the reason why there is none."""
+    def take(self, step: int, timeout_s: float | int) -> Any:
+        """The next element, or the exception that ended the stream."""
         deadline = time.monotonic() + timeout_s
+        ready = self.ready[(step - self.first) % len(self.ready)]
         while True:
             try:
-                return self.ready.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+                return ready.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
             except queue.Empty:
                 if dead := self.dead():
                     return RuntimeError(f"{dead} ended without a word")
             if time.monotonic() >= deadline:
                 # Slices are dealt in turn: batch k comes from worker k modulo their number.
-                number = (step - self.first) % max(1, self.workers)
-                who = f"worker {number} (process {_pids(self.folder.name).get(number)})" if self.workers else "the threads"
+                number = (step - self.first) % (self.workers or len(self.ready))
+                pid = _pids(self.folder.name).get(number, "not started")
+                who = f"worker {number} (process {pid})" if self.workers else f"thread {number}"
                 return LoaderError(
                     f"batch {step} did not come from {who} within {timeout_s:g} s; start again to continue, "
                     "with a larger timeout_s if the storage is just slow"
@@ -160,9 +199,14 @@ class _Stream:
         gone = [(number, pid) for number, pid in _pids(self.folder.name).items() if pid not in alive]
         return ", ".join(f"worker {number} (process {pid})" for number, pid in gone)
 
+    def kill(self) -> None:
+        """Ends the workers at once; `close` then waits for nobody."""
+        _kill(self.folder.name)
+        self.pumps.clear()
+
 
 def _pump(stream: grain.IterDataset, ready: queue.Queue, stop: threading.Event) -> None:
-    def put(item: Batch | Exception) -> None:
+    def put(item: Any) -> None:
         while not stop.is_set():
             try:
                 return ready.put(item, timeout=0.1)
@@ -172,8 +216,7 @@ def _pump(stream: grain.IterDataset, ready: queue.Queue, stop: threading.Event) 
     iterator = iter(stream)
     try:
         while not stop.is_set():
-            # Copied out of grain's shared memory, which is then freed here and not whenever the batch dies.
-            put({name: np.array(array) for name, array in next(iterator).items()})
+            put(next(iterator))
     except Exception as error:
         put(error)
     finally:
@@ -190,13 +233,19 @@ def _pids(folder: str) -> dict[int, int]:
     return {int(file.name): int(file.read_text()) for file in sorted(Path(folder).glob("*")) if file.suffix != ".tmp"}
 
 
-def _end(stop: threading.Event, pump: threading.Thread, folder: tempfile.TemporaryDirectory, grace_s: float) -> None:
-    stop.set()
-    pump.join(grace_s)
+def _kill(folder: str) -> None:
     alive = {process.pid for process in multiprocessing.active_children()}
-    for pid in _pids(folder.name).values():
+    for pid in _pids(folder).values():
         if pid in alive:
             os.kill(pid, signal.SIGKILL)
+
+
+def _end(stop: threading.Event, pumps: list[threading.Thread], folder: tempfile.TemporaryDirectory) -> None:
+    stop.set()
+    deadline = time.monotonic() + GRACE_S
+    for pump in pumps:
+        pump.join(max(0.0, deadline - time.monotonic()))
+    _kill(folder.name)
     folder.cleanup()
 
 
@@ -211,19 +260,31 @@ class Example(NamedTuple):
 
 
 def examples(
-    source: Source, *, frames: int = 1, size: tuple[int, int] = (1, 1), fps: float | int | None = None, threads: int = 2
+    source: Source,
+    *,
+    frames: int = 1,
+    size: tuple[int, int] = (1, 1),
+    fps: float | int | None = None,
+    threads: int = 2,
+    timeout_s: float | int = 300.0,
 ) -> Iterator[Example]:
     """Every record once, in order: first window, centre crop, full caption. Bad ones come with their reason.
 
-    What the source skipped comes first, with id -1.
+    What the source skipped comes first, with id -1. Raises LoaderError when a record takes longer than `timeout_s`.
     """
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    _parse_flags()
     for file, reason in source.skipped:
         yield Example(-1, file, "", None, reason)
     load = functools.partial(_example, source, Clip(frames, size, fps))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    yield from grain.MapDataset.range(len(source)).map(load).to_iter_dataset(options)
+    stream = _Stream(grain.MapDataset.range(len(source)).map(load), 0, 0, threads)
+    try:
+        for step in range(len(source)):
+            item = stream.take(step, timeout_s)
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stream.close()
 
 
 def _example(source: Source, clip: Clip, record: int) -> Example:

@@ -1,7 +1,7 @@
 """Where records come from: a folder of videos and images, or an ArrayRecord set of precomputed latents.
 
-A source has a `kind` (the key of its arrays in a batch), a length, names of its records, and `load`. Files it knows to be
-useless when it lists itself are in `skipped`, with their reasons; what turns out bad on reading raises `Unreadable`.
+A source has a `kind` (the key of its arrays in a batch), a length, names of its records, and `load`. Files that it
+knows to be useless are in `skipped`, with their reasons; what turns out bad on reading raises `Unreadable`.
 """
 
 import json
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -36,6 +36,7 @@ class Clip:
     fps: float | int | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """A numbered set of captioned records."""
 
@@ -53,7 +54,7 @@ class Source(Protocol):
 
 
 class Folder:
-    """Videos and images under `path` with `captions.jsonl` (one {"video", "caption"} a line), or a `.txt` beside each file.
+    """Videos and images under `path` with `captions.jsonl` ({"video", "caption"} a line), or a `.txt` beside each file.
 
     A file may have several lines, each is a record. Files in neither place are skipped, and so are lines that name a
     missing file. Records are ordered by line, then by name.
@@ -65,7 +66,8 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path}: no such folder of videos")
-        files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in VIDEOS + IMAGES and _seen(file, self.path))
+        found = (file for file in self.path.rglob("*") if file.suffix.lower() in VIDEOS + IMAGES)
+        files = sorted(file for file in found if _visible(file.relative_to(self.path)))
         self.skipped: list[Bad] = []
         self.records: list[tuple[str, str]] = []
         listed = set()
@@ -79,8 +81,8 @@ class Folder:
         if not files and not self.records:
             raise UserError(f"{path}: the folder holds no videos or images ({' '.join(VIDEOS + IMAGES)})")
         if not self.records:
-            bad = self.skipped[0]
-            raise UserError(f"{path}: none of {len(self.skipped)} files can be used; the first, {bad.file}: {bad.reason}")
+            file, reason = self.skipped[0]
+            raise UserError(f"{path}: none of {len(self.skipped)} files can be used; the first, {file}: {reason}")
 
     def _add(self, file: Path, caption: str | None) -> None:
         if not file.is_file():
@@ -101,8 +103,8 @@ class Folder:
         return read_clip(file, clip.frames, clip.size, clip.fps, rng), caption
 
 
-def _seen(file: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(root).parts)  # half-written files are hidden
+def _visible(file: Path) -> bool:
+    return not any(part.startswith(".") for part in file.parts)  # half-written files are hidden
 
 
 def _beside(file: Path) -> str | None:
@@ -145,9 +147,10 @@ class Latents:
             self.records = ArrayRecordDataSource(str(self.path / "latents.array_record"))
             found = len(self.records)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: no finished set of latents here ({error}); write one with vgjax.encode") from error
-        if found != self.meta["count"] or not found:
-            raise UserError(f"{path}: meta.json promises {self.meta['count']} latents, the file holds {found}; encode again")
+            raise UserError(f"{path}: no finished set of latents here ({error}); write one: vgjax.encode") from error
+        if found != self.meta["count"]:
+            promised = self.meta["count"]
+            raise UserError(f"{path}: meta.json promises {promised} latents, the file holds {found}; encode again")
 
     def __len__(self) -> int:
         return self.meta["count"]
@@ -155,7 +158,9 @@ class Latents:
     def name(self, record: int) -> str:
         return f"{self.path / 'latents.array_record'}#{record}"
 
-    def load(self, record: int, clip: Clip | None = None, rng: np.random.Generator | None = None) -> tuple[np.ndarray, str]:
+    def load(
+        self, record: int, clip: Clip | None = None, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, str]:
         try:
             packed = self.records[record]
             (size,) = struct.unpack_from("<I", packed)
@@ -170,7 +175,7 @@ class LatentWriter:
     """Writes latents as ArrayRecord: `with LatentWriter(path, meta) as writer: writer.add(latent, caption, id)`.
 
     Everything goes to a folder beside `path` that takes its name only when all is written; an exception leaves nothing.
-    A record is a length, a JSON head with caption and id, and the raw floats. `meta` must be JSON (the config of the VAE).
+    A record is a length, a JSON head with caption and id, and the raw floats. `meta` must be JSON (the VAE's config).
     """
 
     def __init__(self, path: str | Path, meta: dict[str, Any]):

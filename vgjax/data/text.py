@@ -42,7 +42,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Words:
-    """Lower-cased words, each as two independent hashes, so that two words rarely share both (one in `buckets` squared)."""
+    """Lower-cased words, each as two independent hashes: two words share both once in `buckets` squared."""
 
     length: int
     buckets: int = 2048
@@ -71,7 +71,7 @@ class Words:
 
 
 def split(text: str) -> list[str]:
-    """Words of a text in any script: case, width and punctuation are ignored, combining marks stay with their letter."""
+    """Words of a text in any script: case, width and punctuation are ignored, marks stay with their letter."""
     words: list[str] = []
     touching = growing = False  # the character before belongs to the last word; that word may take another letter
     for char in unicodedata.normalize("NFKC", text).casefold():

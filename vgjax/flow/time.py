@@ -52,7 +52,7 @@ class Mode:
 
     def __post_init__(self) -> None:
         if not -1.0 <= self.scale <= 2.0 / (math.pi - 2.0):
-            raise UserError(f"time.scale={self.scale} must lie in [-1, {2 / (math.pi - 2):.3f}], where the law is monotone")
+            raise UserError(f"time.scale={self.scale} must lie in [-1, {2 / (math.pi - 2):.3f}], to be monotone")
 
     def _t(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         # Their f counts towards noise, ours towards data: t = 1 - f(u).
@@ -83,7 +83,7 @@ class Shift:
 
     def __post_init__(self) -> None:
         if self.factor <= 0 or self.per_tokens < 0:
-            raise UserError(f"shift: factor={self.factor} must be positive and per_tokens={self.per_tokens} not negative")
+            raise UserError(f"shift: factor={self.factor} must be positive, per_tokens={self.per_tokens} not negative")
 
     def at(self, tokens: int) -> float:
         """The factor for a video of `tokens` tokens."""

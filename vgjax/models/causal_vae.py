@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
 from vgjax.errors import UserError
-from vgjax.nn.causal import CausalConv3D, CausalDownsample, CausalUpsample, Padding
+from vgjax.nn.causal import CausalConv3D, CausalDownsample, CausalFold, CausalUnfold, CausalUpsample, Padding
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import shard
-from vgjax.typing import Array, Dtype, Float, Params
+from vgjax.typing import Array, Dtype, Float, Key, Params
 
 SIZES: dict[str, dict[str, Any]] = {
     # 4x4x4 with 12 channels: the quickstart's 17x32x32 clips become 5x8x8.
@@ -28,6 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # The field's compression and width (Wan 2.1: base 96; HunyuanVideo: base 128).
     "4x8x8": dict(width=96, multipliers=(1, 2, 4, 4), blocks=2, time=(1, 2, 2), space=(2, 2, 2), latent_channels=16),
 }
+LOGVAR = -6.0  # at birth: little noise, so that the first steps see what they encode
 
 
 class CausalVAE(nn.Module):
@@ -60,6 +62,11 @@ class CausalVAE(nn.Module):
         rest = dict(padding=self.padding, remat=self.remat, dtype=self.dtype)
         self.encoder = Encoder(*shape, features=2 * self.latent_channels, **rest)
         self.decoder = Decoder(*shape, features=3 * self.patch**2, **rest)
+        volume = (self.time_factor, self.space_factor, self.space_factor)
+        point = functools.partial(CausalConv3D, kernel=(1, 1, 1), dtype=self.dtype)
+        self.fold, self.unfold = CausalFold(*volume[:2]), CausalUnfold(*volume[:2])
+        self.project = point(self.latent_channels, init=functools.partial(cosines, volume=volume))
+        self.expand = point(3 * math.prod(volume), init=functools.partial(cosines, volume=volume))
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> tuple[Array, Array, Array]:
         """`(reconstruction of the mean, mean, logvar)`."""
@@ -71,12 +78,14 @@ class CausalVAE(nn.Module):
         self._check(video.shape)
         x = rearrange(video, "b t (h p) (w q) c -> b t h w (p q c)", p=self.patch, q=self.patch)
         mean, logvar = jnp.split(self.encoder(x).astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30.0, 20.0)
+        mean = mean + self.project(self.fold(video)).astype(jnp.float32)
+        return mean, jnp.clip(logvar + LOGVAR, -30.0, 20.0)
 
     def decode(self, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w 3"]:
         """Video of the latents, fp32."""
         x = self.decoder(z).astype(jnp.float32)
-        return rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=self.patch, q=self.patch)
+        x = rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=self.patch, q=self.patch)
+        return x + self.unfold(self.expand(z)).astype(jnp.float32)
 
     @property
     def time_factor(self) -> int:
@@ -110,6 +119,23 @@ class CausalVAE(nn.Module):
             raise UserError(f"{frames} frames are not {rule}; the nearest number of frames that works is {near}")
 
 
+def cosines(key: Key, shape: tuple[int, ...], dtype: Dtype, volume: tuple[int, int, int]) -> Float[Array, "..."]:
+    """Initialiser: the lowest frequencies of the 3-D cosine transform (DCT-II) of a `volume` (t, h, w) of pixels.
+
+    Between pixels in the order of `CausalFold` and latents, the longer of the last two dims the pixels. Scaled so that
+    the mean colour of the volume keeps its scale; pixels to latents and back is the best low-pass.
+    """
+    steps = [np.arange(n) for n in volume]
+    waves = [np.cos(np.pi * (x + 0.5) * x[:, None] / len(x)) * np.where(x == 0, 1, 2**0.5)[:, None] for x in steps]
+    frequency = sum(axis**2 for axis in np.meshgrid(*(x / len(x) for x in steps), indexing="ij"))
+    lowest = np.unravel_index(np.argsort(frequency, axis=None, kind="stable"), volume)
+    basis = np.einsum("fr,fp,fq->frpq", *(wave[index] for wave, index in zip(waves, lowest, strict=True)))
+    basis = np.einsum("frpq,cd->fdcrpq", basis, np.eye(3)).reshape(3 * len(basis), -1)
+    if shape[-2] >= shape[-1]:
+        return jnp.asarray(basis[: shape[-1]].T / math.prod(volume), dtype).reshape(shape)
+    return jnp.asarray(basis[: shape[-2]], dtype).reshape(shape)
+
+
 class Pyramid(nn.Module):
     """What encoder and decoder share: `channels` a level, `strides` (time, space) between them, `features` that leave."""
 
@@ -131,7 +157,7 @@ class Pyramid(nn.Module):
         return x
 
     def head(self, x: Array) -> Array:
-        return self.conv(self.features, "conv_out")(nn.silu(RMSNorm(dtype=self.dtype, name="norm_out")(x)))
+        return CausalConv3D(self.features, padding=self.padding, dtype=self.dtype, name="conv_out",init=nn.initializers.zeros)(nn.silu(RMSNorm(dtype=self.dtype, name="norm_out")(x)))
 
 
 class Encoder(Pyramid):

@@ -29,7 +29,9 @@ from vgjax.sharding import shard
 from vgjax.typing import Array, Bool, Dtype, Float
 
 SIZES: dict[str, dict[str, Any]] = {
-    "quickstart": dict(dim=192, heads=6, double_blocks=2, single_blocks=4, refiner_blocks=1, rope_dims=(8, 12, 12)),
+    "quickstart": dict(
+        dim=192, heads=6, double_blocks=2, single_blocks=4, refiner_blocks=1, rope_dims=(8, 12, 12), scan=False
+    ),
     "s": dict(dim=384, heads=6, double_blocks=3, single_blocks=6),
     "b": dict(dim=768, heads=12, double_blocks=3, single_blocks=6),
     "l": dict(dim=1024, heads=16, double_blocks=6, single_blocks=12),
@@ -49,14 +51,16 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 Tokens = Float[Array, "b n d"]
+Streams = tuple[Tokens, Float[Array, "b m d"]]
 
 
 class MMDiT(nn.Module):
     """`MMDiT(**SIZES["b"], channels=16, text_dim=512, pooled_dim=512)`: velocity of latents, fp32.
 
     channels, text_dim, pooled_dim: widths of the latents, of the text tokens and of the pooled text vector.
-    rope_dims: channels of a head for t, h, w (None: like 16, 56, 56 of 128). guidance: embed a distilled guidance scale.
-    remat, scan: see `nn.stack`. dtype: of the matmuls; norms, modulation, gates and softmax are fp32.
+    rope_dims, theta: channels of a head for t, h, w (None: like 16, 56, 56 of 128) and the period of the slowest.
+    guidance: embed the scale of a guidance-distilled model. remat, scan: see `nn.stack`.
+    dtype: of the matmuls; norms, modulation, gates and softmax are fp32.
     """
 
     dim: int
@@ -136,7 +140,9 @@ class MMDiT(nn.Module):
             if given.shape[-1] != width:
                 raise UserError(f"{name} is {width} but the input has a last dim of {given.shape[-1]}")
         if self.guidance != (guidance is not None):
-            raise UserError(f"guidance is {self.guidance} in the model: the call must {'' if self.guidance else 'not '}give it")
+            raise UserError(
+                f"guidance is {self.guidance}: the call must {'give' if self.guidance else 'not give'} a scale"
+            )
         return patch.check(x.shape[1:4], self.patch)
 
 
@@ -150,8 +156,8 @@ class DoubleStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: tuple[Tokens, Tokens], condition: Array, turn: rope.Rotation, segments: Segments
-    ) -> tuple[Tokens, Tokens]:
+        self, streams: Streams, condition: Float[Array, "b d"], turn: rope.Rotation, segments: Segments
+    ) -> Streams:
         x, c = streams
         n, dim = x.shape[1:]
         video = Stream(dim, self.heads, self.inner, self.dtype, name="video")
@@ -198,7 +204,7 @@ class SingleStreamBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, condition: Array, turn: rope.Rotation, segments: Segments) -> Tokens:
+    def __call__(self, x: Tokens, condition: Float[Array, "b d"], turn: rope.Rotation, segments: Segments) -> Tokens:
         dim = x.shape[-1]
         shift, scale, gate = Modulation(dim, 3, name="modulation")(condition)
         y = modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype)
@@ -219,7 +225,9 @@ class TextRefiner(nn.Module):
     stack: Any
 
     @nn.compact
-    def __call__(self, c: Float[Array, "b m e"], mask: Bool[Array, "b m"], t: Float[Array, " b"]) -> Float[Array, "b m d"]:
+    def __call__(
+        self, c: Float[Array, "b m e"], mask: Bool[Array, "b m"], t: Float[Array, " b"]
+    ) -> Float[Array, "b m d"]:
         x = Linear(self.dim, (None, "embed"), dtype=self.block["dtype"], name="tokens")(c)
         if not self.blocks:
             return x
@@ -239,7 +247,7 @@ class RefinerBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, condition: Array, segments: Segments) -> Tokens:
+    def __call__(self, x: Tokens, condition: Float[Array, "b d"], segments: Segments) -> Tokens:
         gate, gate_mlp = Modulation(x.shape[-1], 2, name="modulation")(condition)
         norm = partial(LayerNorm, affine=True, dtype=self.dtype)
         q, k, v = QKV(self.heads, norm=False, dtype=self.dtype, name="qkv")(norm(name="norm")(x))

@@ -33,7 +33,8 @@ def check(size: tuple[int, ...], patch: Patch) -> tuple[int, int, int]:
     if any(s < p or s % p for s, p in zip(size, patch, strict=True)):
         near = tuple(max(p, p * round(s / p)) for s, p in zip(size, patch, strict=True))
         raise UserError(
-            f"a latent of t x h x w = {_x(size)} does not divide into patches of {_x(patch)}; the nearest that does is {_x(near)}"
+            f"a latent of t x h x w = {_x(size)} does not divide into patches of {_x(patch)}; "
+            f"the nearest that does is {_x(near)}"
         )
     t, h, w = (s // p for s, p in zip(size, patch, strict=True))
     return t, h, w

@@ -12,7 +12,7 @@ from einops import repeat
 from vgjax.errors import UserError
 from vgjax.typing import Array, Float, Int
 
-Rotation = tuple[Float[Array, "b n f"], Float[Array, "b n f"]]  # cosines and sines, one a token and frequency
+Rotation = tuple[Float[Array, "#b s f"], Float[Array, "#b s f"]]  # cosines and sines, one a token and frequency
 
 
 def split(head_dim: int) -> tuple[int, int, int]:
@@ -26,7 +26,9 @@ def split(head_dim: int) -> tuple[int, int, int]:
 def check(dims: tuple[int, ...], head_dim: int) -> None:
     """A `UserError` unless the channels of `dims` are even and fill a head."""
     if sum(dims) != head_dim or any(d % 2 or d < 2 for d in dims):
-        raise UserError(f"rope_dims {dims} must be even numbers that add up to the head size {head_dim}; {split(head_dim)} would do")
+        raise UserError(
+            f"rope_dims {dims} must be even numbers that add up to the head size {head_dim}; {split(head_dim)} would do"
+        )
 
 
 def rotation(positions: Int[Array, "b n a"], dims: tuple[int, ...], theta: float) -> Rotation:

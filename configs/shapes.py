@@ -1,0 +1,54 @@
+"""The full world of moving shapes: six colours, four shapes, seven motions, four backgrounds, one or two objects.
+
+    VGJAX_CONFIG=configs/shapes.py launch/quickstart.sh runs/shapes
+    python -m vgjax.train --config configs/shapes.py:dit --workdir runs/shapes/dit
+
+Minutes on a GPU, up to an hour and a half on two CPU cores; interrupted and started again, it continues. Prompt
+accuracy is measured as it trains (`evaluate/...` in TensorBoard and metrics.jsonl).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "dit") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.precision = "auto"
+    config.data = dict(
+        kind="shapes",
+        world="full",
+        path="{workdir}/../data",
+        count=12000,
+        held_out=128,
+        frames=17,
+        size=(32, 32),
+        fps=8.0,
+        workers=1,
+        max_bad=0.1,
+    )
+    config.layout = dict(kind="dp", devices=0)
+    if arg == "vae":
+        config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-4)))
+        config.model = dict(kind="causal_vae", size="tiny")
+        config.optim = dict(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
+        config.train = dict(steps=800, batch=16, log_every=20, image_every=400, save_every=100, max_dropped=10)
+        config.evaluate = dict(clips=64)
+    elif arg == "dit":
+        config.objective = dict(kind="flow", bins=4)
+        config.model = dict(kind="mmdit", size="quickstart")
+        config.tokenizer = dict(kind="words", length=20)
+        config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
+        config.time = dict(kind="logit_normal", loc=0.0, scale=1.0)
+        config.shift = dict(factor=1.0)
+        config.vae = "{workdir}/../vae"
+        config.latents = "{workdir}/../latents"
+        config.data.drop_caption = 0.1
+        config.optim = dict(lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0, clip=1.0, ema=0.995, accumulate=1)
+        config.train = dict(
+            steps=8000, batch=32, log_every=50, image_every=1000, evaluate_every=1000, save_every=250, max_dropped=10
+        )
+        config.evaluate = dict(clips=64, prompts=64)
+        config.sample = dict(steps=24, cfg=3.0)
+    else:
+        raise ValueError(f"configs/shapes.py:{arg} is unknown: use vae or dit")
+    return config

@@ -1,0 +1,251 @@
+"""MM-DiT: the battery, padding, the published sizes, and the same numbers as the reference implementation."""
+
+import battery
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from vgjax.errors import UserError
+from vgjax.models.mmdit import SIZES, MMDiT
+from vgjax.nn.rope import interleaved
+
+TINY = dict(dim=24, heads=2, double_blocks=2, single_blocks=2, channels=3, text_dim=10, pooled_dim=6, refiner_blocks=2)
+MODEL = MMDiT(**TINY, guidance=True)
+PARAMETERS = {"s": 35e6, "b": 138e6, "l": 452e6, "2b": 1.95e9}
+
+
+def inputs(model=MODEL, b=2, m=5, grid=(3, 4, 4)):
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (b, *grid, model.channels))
+    t = jax.random.uniform(keys[1], (b,))
+    c = jax.random.normal(keys[2], (b, m, model.text_dim))
+    mask = jnp.arange(m)[None] < jnp.array([[m], [2]])[:b]
+    vec = jax.random.normal(keys[3], (b, model.pooled_dim))
+    return x, t, c, mask, vec, *((6 * jnp.ones(b),) if model.guidance else ())
+
+
+@pytest.fixture(scope="module")
+def params():
+    return battery.perturbed(MODEL, *inputs())
+
+
+@pytest.fixture(scope="module")
+def base(params):
+    return battery.loss_and_gradients(MODEL, params, *inputs())
+
+
+@pytest.fixture(scope="module")
+def apply(params):
+    function = jax.jit(lambda *args: MODEL.apply({"params": params}, *args))
+    return lambda *args: function(*args)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_its_shapes_and_names(size):
+    model = MMDiT(**(dict(channels=4, text_dim=512, pooled_dim=512) | SIZES[size]))
+    abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(lambda: inputs(model))]
+    params, v = battery.shapes(model, *abstract)
+    assert v.shape == abstract[0].shape and v.dtype == jnp.float32
+    battery.every_leaf_has_names(params)
+    if size in PARAMETERS:
+        assert abs(battery.count(params) / PARAMETERS[size] - 1) < 0.05
+
+
+def test_an_untrained_model_says_no_velocity():
+    model = MODEL.clone(double_blocks=1, single_blocks=1, refiner_blocks=1)
+    v, _ = jax.jit(model.init_with_output)(jax.random.key(0), *inputs())
+    np.testing.assert_array_equal(v, 0)
+
+
+def test_gradients_are_finite_and_none_is_zero(base):
+    battery.gradients_are_finite_and_none_is_zero(base[1])
+
+
+@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="dots", scan=False)], ids=str)
+def test_remat_and_unrolling_change_nothing(change, params, base):
+    battery.agrees(battery.loss_and_gradients(MODEL.clone(**change), params, *inputs()), base, atol=1e-4)
+
+
+def test_bf16_is_near_fp32(params):
+    battery.bf16_is_near_fp32(MODEL, params, *inputs())
+
+
+def test_a_padded_prompt_equals_an_unpadded_one(apply):
+    x, t, c, mask, vec, guidance = inputs()
+    short = apply(x[1:], t[1:], c[1:, :2], mask[1:, :2], vec[1:], guidance[1:])
+    np.testing.assert_allclose(apply(x, t, c, mask, vec, guidance)[1:], short, atol=1e-5)
+
+
+def test_what_stands_in_padding_is_never_read(apply):
+    x, t, c, mask, vec, guidance = inputs()
+    garbage = jnp.where(mask[:, :, None], c, 1e3)
+    np.testing.assert_array_equal(apply(x, t, garbage, mask, vec, guidance), apply(x, t, c, mask, vec, guidance))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 4, 5], ids=["x", "t", "c", "vec", "guidance"])
+def test_every_input_matters(index, apply):
+    changed = list(inputs())
+    changed[index] = 0.5 * changed[index]
+    assert jnp.max(jnp.abs(apply(*changed) - apply(*inputs()))) > 1e-3
+
+
+def test_the_order_of_patches_matters(apply):
+    x, *rest = inputs()
+    assert jnp.max(jnp.abs(apply(jnp.roll(x, 2, axis=3), *rest) - jnp.roll(apply(x, *rest), 2, axis=3))) > 1e-3
+
+
+def test_sizes_that_do_not_fit_are_named():
+    x, t, c, mask, vec, guidance = inputs()
+    for change, message in [
+        (dict(heads=5), "dim 24 does not divide into heads 5"),
+        (dict(rope_dims=(4, 4, 6)), r"\(4, 4, 6\) .* head size 12"),
+        (dict(channels=4), "channels is 4 .* last dim of 3"),
+        (dict(text_dim=11), "text_dim is 11 .* last dim of 10"),
+        (dict(guidance=False), "guidance is False"),
+        (dict(patch=(2, 2, 2)), "3x4x4 does not divide into patches of 2x2x2; the nearest that does is"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            battery.shapes(MODEL.clone(**change), x, t, c, mask, vec, guidance)
+
+
+def reference(**config):
+    import torch
+    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
+
+    with torch.device(config.pop("device")):
+        return HunyuanVideoTransformer3DModel(**config)
+
+
+def test_13b_has_exactly_the_parameters_of_hunyuan_video():
+    model = MMDiT(**SIZES["13b"])
+    params, _ = battery.shapes(model, *jax.eval_shape(lambda: inputs(model)))
+    assert battery.count(params) == sum(p.numel() for p in reference(device="meta").parameters())
+
+
+def test_equals_diffusers_hunyuan_video_with_the_same_weights():
+    import torch
+
+    torch.manual_seed(0)
+    theirs = reference(
+        device="cpu",
+        in_channels=3,
+        out_channels=3,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_single_layers=2,
+        text_embed_dim=10,
+        pooled_projection_dim=6,
+        rope_axes_dim=(4, 4, 4),
+    ).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight += 0.1 * torch.randn(weight.shape)
+    x, *rest, guidance = inputs()
+    x_theirs = rearrange(x, "b t h w c -> b c t h w")
+    with torch.no_grad():
+        given = (torch.tensor(np.asarray(a)) for a in (x_theirs, 1000 * rest[0], *rest[1:], 1000 * guidance))
+        expected = theirs(*given).sample
+    weights = {name: weight.numpy() for name, weight in theirs.state_dict().items()}
+    model = MODEL.clone(rope_dims=(4, 4, 4))
+    v = jax.jit(model.apply)({"params": from_diffusers(weights, heads=2)}, *inputs())
+    np.testing.assert_allclose(v, rearrange(expected.numpy(), "b c t h w -> b t h w c"), atol=1e-4)
+    assert np.std(v) > 0.1
+
+
+def from_diffusers(weights, heads, double=2, single=2, refiner=2):
+    """Our tree from the names of diffusers: kernels transposed, q and k brought from channel pairs to halves."""
+
+    def linear(name):
+        return {"kernel": weights[f"{name}.weight"].T, "bias": weights[f"{name}.bias"]}
+
+    def mlp(up, down):
+        return {"up": linear(up), "down": linear(down)}
+
+    def embedder(name):
+        return mlp(f"{name}.linear_1", f"{name}.linear_2")
+
+    def modulation(name):
+        return {"linear": linear(name)}
+
+    def qkv(prefix, names=("to_q", "to_k", "to_v"), norms=("norm_q", "norm_k"), halves=True):
+        kernels = [rearrange(weights[f"{prefix}.{n}.weight"], "(h k) d -> d h k", h=heads) for n in names]
+        biases = [rearrange(weights[f"{prefix}.{n}.bias"], "(h k) -> h k", h=heads) for n in names]
+        order = interleaved(biases[0].shape[-1]) if halves else slice(None)
+        kernels[:2], biases[:2] = [a[..., order] for a in kernels[:2]], [a[..., order] for a in biases[:2]]
+        scales = [{"scale": weights[f"{prefix}.{n}.weight"][order]} for n in norms]
+        return {"kernel": np.stack(kernels), "bias": np.stack(biases)} | dict(
+            zip(("norm_q", "norm_k"), scales, strict=False)
+        )
+
+    def merge(name):
+        w = linear(name)
+        return {"kernel": rearrange(w["kernel"], "(h k) d -> h k d", h=heads), "bias": w["bias"]}
+
+    def affine(name):
+        return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
+
+    def double_block(p):
+        added = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+        return {
+            "video": {
+                "modulation": modulation(f"{p}.norm1.linear"),
+                "qkv": qkv(f"{p}.attn"),
+                "merge": merge(f"{p}.attn.to_out.0"),
+                "mlp": mlp(f"{p}.ff.net.0.proj", f"{p}.ff.net.2"),
+            },
+            "text": {
+                "modulation": modulation(f"{p}.norm1_context.linear"),
+                "qkv": qkv(f"{p}.attn", *added),
+                "merge": merge(f"{p}.attn.to_add_out"),
+                "mlp": mlp(f"{p}.ff_context.net.0.proj", f"{p}.ff_context.net.2"),
+            },
+        }
+
+    def single_block(p):
+        out = linear(f"{p}.proj_out")
+        width = len(out["bias"])
+        return {
+            "modulation": modulation(f"{p}.norm.linear"),
+            "qkv": qkv(f"{p}.attn"),
+            "merge": {"kernel": rearrange(out["kernel"][:width], "(h k) d -> h k d", h=heads)},
+            "mlp": {"up": linear(f"{p}.proj_mlp"), "down": {"kernel": out["kernel"][width:], "bias": out["bias"]}},
+        }
+
+    def refiner_block(p):
+        return {
+            "norm": affine(f"{p}.norm1"),
+            "qkv": qkv(f"{p}.attn", norms=(), halves=False),
+            "merge": merge(f"{p}.attn.to_out.0"),
+            "norm_mlp": affine(f"{p}.norm2"),
+            "mlp": mlp(f"{p}.ff.net.0.proj", f"{p}.ff.net.2"),
+            "modulation": modulation(f"{p}.norm_out.linear"),
+        }
+
+    def layers(block, prefix, length):
+        return {"block": jax.tree.map(lambda *a: np.stack(a), *(block(f"{prefix}.{i}") for i in range(length)))}
+
+    patches = weights["x_embedder.proj.weight"]
+    out = {name: np.split(a, 2, axis=-1) for name, a in linear("norm_out.linear").items()}  # theirs: scale, shift
+    velocity = {
+        name: rearrange(a, "... (c p q r) -> ... (p q r c)", p=1, q=2, r=2) for name, a in linear("proj_out").items()
+    }
+    text = "context_embedder"
+    return {
+        "patches": {"kernel": rearrange(patches, "d c p q r -> (p q r c) d"), "bias": weights["x_embedder.proj.bias"]},
+        "time": {"mlp": embedder("time_text_embed.timestep_embedder")},
+        "pooled": embedder("time_text_embed.text_embedder"),
+        "guidance": {"mlp": embedder("time_text_embed.guidance_embedder")},
+        "refiner": {
+            "tokens": linear(f"{text}.proj_in"),
+            "time": {"mlp": embedder(f"{text}.time_text_embed.timestep_embedder")},
+            "pooled": embedder(f"{text}.time_text_embed.text_embedder"),
+            "blocks": layers(refiner_block, f"{text}.token_refiner.refiner_blocks", refiner),
+        },
+        "double": layers(double_block, "transformer_blocks", double),
+        "single": layers(single_block, "single_transformer_blocks", single),
+        "modulation": {"linear": {name: np.concatenate(a[::-1], axis=-1) for name, a in out.items()}},
+        "velocity": velocity,
+    }

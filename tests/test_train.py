@@ -1,0 +1,198 @@
+"""The training program as its users meet it: exact resume, clear words, honest exit codes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, program
+
+from vgjax import checkpoint, errors
+from vgjax.data.sources import Latents, LatentWriter
+
+DIT = ("--config", "tests/tiny.py:dit")
+
+
+def digest_of(stdout: str) -> str:
+    return re.search(r"state digest (\w{64})", stdout)[1]
+
+
+def copied(trained, tmp_path):
+    """The trained VAE, its clips and its latents, without the DiT."""
+    for part in ("vae", "data", "latents"):
+        shutil.copytree(trained / part, tmp_path / part)
+    meta = tmp_path / "latents" / "meta.json"
+    meta.write_text(meta.read_text().replace(str(trained), str(tmp_path)))
+    return tmp_path
+
+
+def test_a_run_leaves_checkpoints_metrics_pictures_and_its_config(trained):
+    for run, picture in (("vae", "reconstructions"), ("dit", "samples")):
+        folder = trained / run
+        assert checkpoint.Checkpoints(folder / "checkpoints").steps() == [2, 4, 6]
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+        assert all(np.isfinite(record["loss"]) for record in records)
+        assert records[-1]["tflops_per_second"] > 0 and records[-1]["samples_per_second"] > 0
+        assert list((folder / "images").glob(f"{picture}_*.png"))
+        assert list((folder / "tensorboard").iterdir())
+        assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 6
+    assert "config: the file's defaults" in (trained / "dit.log").read_text()
+    assert {f"loss/t{i}" for i in range(4)} <= set(records[-1])
+
+
+@pytest.mark.parametrize("when", [0.15, 0.5, 0.85])
+def test_killed_anywhere_and_restarted_it_ends_bit_identical(trained, tmp_path, when):
+    copied(trained, tmp_path)
+    want = digest_of((trained / "dit.log").read_text())
+    command = [sys.executable, "-m", "vgjax.train", *DIT, "--workdir", str(tmp_path / "dit")]
+    victim = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE)
+    for line in victim.stdout:  # the clock of the kill starts when the steps do
+        if b"parameters on" in line:
+            break
+    time.sleep(when * 4)
+    victim.kill()
+    victim.wait()
+    assert victim.returncode == -signal.SIGKILL
+    again = program("train", *DIT, "--workdir", tmp_path / "dit")
+    assert again.returncode == 0, again.stderr
+    assert digest_of(again.stdout) == want
+    steps = [json.loads(line)["step"] for line in (tmp_path / "dit" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_saves_and_exits_restartable_and_the_rest_is_bit_identical(trained, tmp_path):
+    copied(trained, tmp_path)
+    args = [*DIT, "--workdir", str(tmp_path / "dit"), "--config.train.save_every=1000"]
+    command = [sys.executable, "-m", "vgjax.train", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    victim = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, **pipes)
+    for line in victim.stdout:
+        if line.startswith("step 1/"):
+            victim.send_signal(signal.SIGTERM)
+            break
+    _, said = victim.communicate(timeout=120)
+    if victim.returncode != 0:  # else it was done before the signal came
+        assert victim.returncode == errors.PREEMPTED
+        assert re.search(r"error: stopped by SIGTERM; step \d is saved", said)
+        assert checkpoint.Checkpoints(tmp_path / "dit" / "checkpoints").steps()
+    again = program("train", *args)
+    assert again.returncode == 0, again.stderr
+    assert digest_of(again.stdout) == digest_of((trained / "dit.log").read_text())
+
+
+def test_a_finished_run_started_again_changes_nothing(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "all")
+    meta = tmp_path / "all" / "latents" / "meta.json"
+    meta.write_text(meta.read_text().replace(str(trained), str(tmp_path / "all")))
+    again = program("train", *DIT, "--workdir", tmp_path / "all" / "dit")
+    assert again.returncode == 0, again.stderr
+    assert digest_of(again.stdout) == digest_of((trained / "dit.log").read_text())
+
+
+def with_bad_latents(trained, tmp_path, share: float):
+    copied(trained, tmp_path)
+    old = Latents(tmp_path / "latents")
+    records = [old.load(i) for i in range(len(old))]
+    shutil.rmtree(tmp_path / "latents")
+    with LatentWriter(tmp_path / "latents", old.meta["meta"]) as writer:
+        for i, (latent, caption) in enumerate(records):
+            latent = latent.copy()
+            if i < share * len(records):
+                latent[0, 0, 0, 0] = np.nan
+            writer.add(latent, caption, i)
+
+
+def test_a_nan_sample_drops_its_steps_and_training_goes_on(trained, tmp_path):
+    with_bad_latents(trained, tmp_path, 1 / 24)
+    ran = program("train", *DIT, "--workdir", tmp_path / "dit", "--config.train.steps=8")
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"step \d was not finite and is dropped; sample ids \[", ran.stdout + ran.stderr)
+    tree, _, _ = checkpoint.load(tmp_path / "dit")
+    assert 1 <= int(tree["dropped"][1]) < 8
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in _leaves(tree["ema"]))
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_own_exit_code(trained, tmp_path):
+    with_bad_latents(trained, tmp_path, 1.0)
+    ran = program("train", *DIT, "--workdir", tmp_path / "dit", "--config.train.max_dropped=3")
+    assert ran.returncode == errors.DIVERGED
+    assert "steps in a row were not finite" in ran.stderr
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+REFUSED = {
+    "missing config": (["--config", "configs/nope.py"], "there is no such file"),
+    "no config": ([], "--config is missing"),
+    "unknown key": (["--config", "tests/tiny.py:vae", "--config.optim.lrr=1"], "config.optim.lrr is unknown: known"),
+    "mistyped value": (["--config", "tests/tiny.py:vae", "--config.optim.lr=fast"], "could not convert"),
+    "unknown flag": (["--config", "tests/tiny.py:vae", "--wrkdir=x"], "wrkdir"),
+    "size": (["--config", "tests/tiny.py:vae", "--config.data.size=(18,18)"], "nearest height that works is"),
+    "frames": (["--config", "tests/tiny.py:vae", "--config.data.frames=6"], "nearest number of frames that works is 5"),
+    "devices": (["--config", "tests/tiny.py:vae", "--config.layout.devices=4096"], "more devices than"),
+    "layout": (["--config", "tests/tiny.py:vae", "--config.layout.kind=3d"], "use one of dp, fsdp"),
+    "kind": (["--config", "tests/tiny.py:vae", "--config.model.kind=unet"], "use one of causal_vae, mmdit"),
+    "batch": (["--config", "tests/tiny.py:vae", "--config.train.batch=0"], "config.train.batch=0 must be at least 1"),
+    "world": (["--config", "tests/tiny.py:vae", "--config.data.world=big"], "small, full"),
+    "no vae": (["--config", "tests/tiny.py:dit"], "no checkpoint at"),
+    "precision": (["--config", "tests/tiny.py:vae", "--config.precision=float8"], "use one of auto"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys):
+    from vgjax import train
+
+    args, sentence = REFUSED[case]
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["train", *args, "--workdir", str(tmp_path / "run")])
+    assert stopped.value.code == errors.USER
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and sentence in said[0]
+
+
+def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp_path, capsys):
+    from vgjax import train
+
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(:")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    tiny = ["--config", "tests/tiny.py:vae"]
+    folder = ["--config.data.kind=folder", f"--config.data.path={tmp_path / 'empty'}"]
+    for args, sentence in (
+        (["--config", str(broken), "--workdir", str(tmp_path / "run")], "SyntaxError"),
+        ([*tiny, "--workdir", str(tmp_path / "file" / "run")], f"cannot write to {tmp_path / 'file' / 'run'}"),
+        ([*tiny, *folder, "--workdir", str(tmp_path / "run")], "holds no videos or images"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["train", *args])
+        assert stopped.value.code == errors.USER
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_storage_error(trained, tmp_path, monkeypatch, capsys):
+    from vgjax import storage, train
+
+    copied(trained, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "seal", full)
+    assert storage
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["train", *DIT, "--workdir", str(tmp_path / "dit")])
+    assert stopped.value.code == errors.STORAGE
+    assert "No space left on device" in capsys.readouterr().err
