@@ -19,7 +19,7 @@ def data() -> dict:
         frames=17,
         size=(32, 32),
         fps=8.0,
-        workers=1,
+        workers=0,
         max_bad=0.1,
     )
 

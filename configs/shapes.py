@@ -23,7 +23,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         frames=17,
         size=(32, 32),
         fps=8.0,
-        workers=1,
+        workers=0,
         max_bad=0.1,
     )
     config.layout = dict(kind="dp", devices=0)

@@ -23,7 +23,7 @@ CLIPS = [path for path in sorted(DATA.glob("*/*.m*")) if path.name != "corrupted
 
 
 def psnr(a, b):
-    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+    return 10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2)))
 
 
 def discs(t=17, h=64, w=64):

@@ -96,7 +96,7 @@ def _whole_file(path: str | Path) -> Iterator[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield str(temporary)
         os.replace(temporary, path)
-    except (OSError, av.error.OSError) as error:
+    except (OSError, av.error.FFmpegError) as error:
         why = error.strerror or error
         raise UserError(f"{path}: can't be written ({why}); check the folder, its rights and the disk") from error
     finally:
