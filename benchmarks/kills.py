@@ -3,8 +3,8 @@
     python benchmarks/kills.py --kills 100 --jobs 2
 
 Each trial starts `vgjax.train` on a tiny config, sends SIGKILL at a moment drawn uniformly over the life of an
-undisturbed process (imports, compilation, steps, saves), starts the same command again and compares the sha256 of the whole final
-state: parameters, moments, EMA, step, counters. Writes benchmarks/results/kills.json.
+undisturbed process (imports, compilation, steps, saves), starts the same command again and compares the sha256 of the
+whole final state: parameters, moments, EMA, step, counters. Writes benchmarks/results/kills.json.
 """
 
 import argparse

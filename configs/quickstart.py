@@ -39,7 +39,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
     elif arg == "dit":
         config.objective = dict(kind="flow", bins=4)
         config.model = dict(kind="mmdit", size="quickstart")
-        config.tokenizer = dict(kind="words", length=16)
+        config.tokenizer = dict(kind="words", length=12)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
         config.time = dict(kind="logit_normal", loc=0.0, scale=1.0)
         config.shift = dict(factor=1.0)

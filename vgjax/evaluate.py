@@ -25,12 +25,14 @@ from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
+from vgjax.log import Log, keep_until
 from vgjax.metrics import prompt
 from vgjax.metrics.psnr import psnr, ssim
 from vgjax.models.causal_vae import latent_stats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import from_uint8, to_uint8
 from vgjax.sample import Sampler, settings_of
+from vgjax.storage import writing
 from vgjax.typing import Params, PyTree
 
 
@@ -150,7 +152,7 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
 class Show:
     """What a running training shows of itself: pictures, scores, and the statistics its checkpoints carry."""
 
-    def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: list, log: Any):
+    def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: list, log: Log):
         self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
         self.flow = isinstance(built.objective, FlowObjective)
         self.plan = experiment.call("config.evaluate", Plan, self.config.evaluate)
@@ -179,9 +181,13 @@ class Show:
         self.log.images(number, "reconstructions", np.asarray(video.contact_sheet(rows, names)))
 
     def scores(self, number: int, ema: Params) -> None:
-        """The evaluation's figures into the log, from the weights that sampling would use."""
-        table = report(self.built, self.plan, ema, self.frozen)
-        self.log.scalars(number, {f"evaluate/{key}": value for key, value in flat(table).items()})
+        """The figures of the averaged weights into TensorBoard and `evaluations.jsonl`."""
+        table = flat(report(self.built, self.plan, ema, self.frozen))
+        self.log.scalars(number, {f"evaluate/{key}": value for key, value in table.items()})
+        path = self.log.workdir / "evaluations.jsonl"
+        keep_until(path, number - 1)
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": number, **table}) + "\n")
 
     def _sampler(self, ema: Params) -> Sampler:
         return Sampler(self.built, ema, self.frozen, settings_of(self.config))

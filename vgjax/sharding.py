@@ -65,7 +65,7 @@ def use(layout: Any, mesh: Mesh) -> Iterator[Mesh]:
 
 
 def shard(x: Array, *names: str | None) -> Array:
-    """Constrains an activation to the active layout by the logical names of its dims; with none active, the identity."""
+    """Constrains an activation to the active layout by its logical names; with none active, the identity."""
     active = _active.get()
     if active is None:
         return x

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgjax.flow.path import Straight, sample_keys
+from vgjax.flow.path import Straight, precondition, sample_keys
 
 
 def test_path_starts_in_noise_ends_in_data_and_moves_at_its_velocity():
@@ -28,3 +28,16 @@ def test_a_sample_key_depends_on_its_global_index_alone():
         some = jax.random.key_data(sample_keys(key, jnp.array(order, jnp.uint32)))
         np.testing.assert_array_equal(some, whole[np.array(order)])
     assert len(np.unique(np.asarray(whole), axis=0)) == 8
+
+
+def test_preconditioned_targets_have_unit_variance_at_every_time_and_a_zero_network_is_the_best_linear_guess():
+    noise, data = jax.random.normal(jax.random.key(1), (2, 40_000, 1))
+    for t in (0.0, 0.1, 0.5, 0.8, 1.0):
+        at = jnp.full((40_000,), t)
+        x, velocity = Straight().mix(noise, data, at)
+        guess = precondition(lambda x, t: jnp.zeros_like(x))(x, at)
+        gain = precondition(lambda x, t: jnp.ones_like(x))(x, at) - guess
+        target = (velocity - guess) / gain
+        np.testing.assert_allclose(jnp.var(target), 1.0, rtol=0.03)
+        np.testing.assert_allclose(jnp.mean(target * x), 0.0, atol=0.03)  # nothing linear is left
+    np.testing.assert_allclose(precondition(lambda x, t: x)(x, jnp.float32(0.0)), -x + x, atol=1e-6)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vgjax.flow.steppers import Velocity
 from vgjax.typing import Array, Float, Key, UInt
 
 
@@ -18,6 +19,23 @@ class Straight:
         """(x_t, velocity), fp32."""
         t = jnp.expand_dims(t, tuple(range(1, data.ndim)))
         return (1.0 - t) * noise + t * data, data - noise
+
+
+def precondition(network: Velocity) -> Velocity:
+    """The velocity of a network that predicts, at unit variance, what the best linear guess leaves over.
+
+    For data and noise of unit variance the best guess of `data - noise` that is linear in `x_t` is `c x_t` with
+    `c = (2t - 1) / s`, `s = t^2 + (1-t)^2`, and its error has variance `1 / s`: so `v = c x_t + network / sqrt(s)`. The
+    network is then asked for data where there is only noise and for noise where there is only data, as in Karras et
+    al. 2022 (section 5) and the v-prediction of Salimans & Ho 2022, and never for a copy of its input.
+    """
+
+    def v(x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:
+        at = jnp.expand_dims(jnp.broadcast_to(t, x.shape[:1]), tuple(range(1, x.ndim)))
+        s = jnp.square(at) + jnp.square(1.0 - at)
+        return (2.0 * at - 1.0) / s * x + jax.lax.rsqrt(s) * network(x, t)
+
+    return v
 
 
 def sample_keys(key: Key, index: UInt[Array, "b"]) -> Key:

@@ -2,34 +2,38 @@
 
 A convolutional VAE in the line of MAGVIT-v2 (arXiv:2310.05737), HunyuanVideo (2412.03603) and Wan (2503.20314): causal
 convolutions, per-position RMS norm (a GroupNorm over time would see the future), strided down-sampling, nearest
-up-sampling. Pixels enter and leave in `patch x patch` blocks, so that no layer runs at full resolution.
+up-sampling. Pixels may enter and leave in patches, so that no layer runs at full resolution. Around encoder and decoder
+lies one linear map each, born as the cosine transform: the network starts as a good low-pass codec and learns the rest.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 
 from vgjax.errors import UserError
-from vgjax.nn.causal import CausalConv3D, CausalDownsample, CausalFold, CausalUnfold, CausalUpsample, Padding
+from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, Padding
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import shard
 from vgjax.typing import Array, Dtype, Float, Key, Params
 
 SIZES: dict[str, dict[str, Any]] = {
-    # 4x4x4 with 12 channels: the quickstart's 17x32x32 clips become 5x8x8.
-    "tiny": dict(width=16, multipliers=(1, 2, 2), blocks=1, time=(2, 2), space=(2, 1), patch=2, latent_channels=12),
+    # 4x4x4 with 16 channels: the quickstart's 17x32x32 clips become 5x8x8. Few, wide positions: that is where a CPU
+    # convolves fastest.
+    "tiny": dict(
+        width=64, multipliers=(1, 1), blocks=1, time=(2,), space=(1,), patch_frames=2, patch=4, latent_channels=16
+    ),
     # 4x8x8 with 16 channels: real footage from 64x64 on.
-    "small": dict(width=32, multipliers=(1, 2, 4), blocks=1, time=(2, 2), space=(2, 2), patch=2, latent_channels=16),
+    "small": dict(width=48, multipliers=(1, 2, 4), blocks=1, time=(2, 2), space=(1, 2), patch=4, latent_channels=16),
     # The field's compression and width (Wan 2.1: base 96; HunyuanVideo: base 128).
     "4x8x8": dict(width=96, multipliers=(1, 2, 4, 4), blocks=2, time=(1, 2, 2), space=(2, 2, 2), latent_channels=16),
 }
-LOGVAR = -6.0  # at birth: little noise, so that the first steps see what they encode
+LOGVAR = -10.0  # of the posterior at birth: noise far below the signal, so that the first steps see what they encode
 
 
 class CausalVAE(nn.Module):
@@ -46,6 +50,7 @@ class CausalVAE(nn.Module):
     space: tuple[int, ...] = (2, 2, 2)
     latent_channels: int = 16
     patch: int = 1
+    patch_frames: int = 1
     padding: Padding = "zeros"
     remat: bool = False
     dtype: Dtype = jnp.float32
@@ -60,13 +65,14 @@ class CausalVAE(nn.Module):
         channels = tuple(self.width * multiplier for multiplier in self.multipliers)
         shape = (channels, tuple(zip(self.time, self.space, strict=True)), self.blocks)
         rest = dict(padding=self.padding, remat=self.remat, dtype=self.dtype)
+        patch = (self.patch_frames, self.patch)
+        self.patchify, self.unpatchify = CausalFold(*patch), CausalUnfold(*patch)
         self.encoder = Encoder(*shape, features=2 * self.latent_channels, **rest)
-        self.decoder = Decoder(*shape, features=3 * self.patch**2, **rest)
+        self.decoder = Decoder(*shape, features=3 * self.patch_frames * self.patch**2, **rest)
         volume = (self.time_factor, self.space_factor, self.space_factor)
-        point = functools.partial(CausalConv3D, kernel=(1, 1, 1), dtype=self.dtype)
         self.fold, self.unfold = CausalFold(*volume[:2]), CausalUnfold(*volume[:2])
-        self.project = point(self.latent_channels, init=functools.partial(cosines, volume=volume))
-        self.expand = point(3 * math.prod(volume), init=functools.partial(cosines, volume=volume))
+        linear = functools.partial(CausalConv3D, kernel=(1, 1, 1), init=functools.partial(cosines, volume=volume))
+        self.analysis, self.synthesis = linear(self.latent_channels), linear(3 * math.prod(volume))
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> tuple[Array, Array, Array]:
         """`(reconstruction of the mean, mean, logvar)`."""
@@ -75,21 +81,17 @@ class CausalVAE(nn.Module):
 
     def encode(self, video: Float[Array, "b t h w 3"]) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
         """Mean and log-variance of the posterior, fp32."""
-        self._check(video.shape)
-        x = rearrange(video, "b t (h p) (w q) c -> b t h w (p q c)", p=self.patch, q=self.patch)
-        mean, logvar = jnp.split(self.encoder(x).astype(jnp.float32), 2, axis=-1)
-        mean = mean + self.project(self.fold(video)).astype(jnp.float32)
-        return mean, jnp.clip(logvar + LOGVAR, -30.0, 20.0)
+        self._check(video.shape, streaming=bool(self.variables.get("cache")))
+        mean, logvar = jnp.split(self.encoder(self.patchify(video)).astype(jnp.float32), 2, axis=-1)
+        return mean + self.analysis(self.fold(video)), jnp.clip(logvar + LOGVAR, -30.0, 20.0)
 
     def decode(self, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w 3"]:
         """Video of the latents, fp32."""
-        x = self.decoder(z).astype(jnp.float32)
-        x = rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=self.patch, q=self.patch)
-        return x + self.unfold(self.expand(z)).astype(jnp.float32)
+        return self.unpatchify(self.decoder(z).astype(jnp.float32)) + self.unfold(self.synthesis(z))
 
     @property
     def time_factor(self) -> int:
-        return math.prod(self.time)
+        return self.patch_frames * math.prod(self.time)
 
     @property
     def space_factor(self) -> int:
@@ -101,9 +103,7 @@ class CausalVAE(nn.Module):
         small = (1 + (frames - 1) // self.time_factor, height // self.space_factor, width // self.space_factor)
         return (*small, self.latent_channels)
 
-    def _check(self, shape: tuple[int, ...], streaming: bool | None = None) -> None:
-        if streaming is None:
-            streaming = bool(self.variables.get("cache"))
+    def _check(self, shape: tuple[int, ...], streaming: bool) -> None:
         _, frames, height, width, _ = shape
         for name, size in (("height", height), ("width", width)):
             if size % self.space_factor or not size:
@@ -112,32 +112,15 @@ class CausalVAE(nn.Module):
                     f"video {name} {size} is not a multiple of {self.space_factor}, the VAE's down-sampling; "
                     f"the nearest {name} that works is {near}"
                 )
-        first = 0 if streaming else 1
+        first, least = (0, 1) if streaming else (1, 0)
         if (frames - first) % self.time_factor or not frames:
-            near = first + max(0 if first else 1, round((frames - first) / self.time_factor)) * self.time_factor
+            near = first + max(least, round((frames - first) / self.time_factor)) * self.time_factor
             rule = f"{self.time_factor}k" if streaming else f"1 + {self.time_factor}k"
             raise UserError(f"{frames} frames are not {rule}; the nearest number of frames that works is {near}")
 
 
-def cosines(key: Key, shape: tuple[int, ...], dtype: Dtype, volume: tuple[int, int, int]) -> Float[Array, "..."]:
-    """Initialiser: the lowest frequencies of the 3-D cosine transform (DCT-II) of a `volume` (t, h, w) of pixels.
-
-    Between pixels in the order of `CausalFold` and latents, the longer of the last two dims the pixels. Scaled so that
-    the mean colour of the volume keeps its scale; pixels to latents and back is the best low-pass.
-    """
-    steps = [np.arange(n) for n in volume]
-    waves = [np.cos(np.pi * (x + 0.5) * x[:, None] / len(x)) * np.where(x == 0, 1, 2**0.5)[:, None] for x in steps]
-    frequency = sum(axis**2 for axis in np.meshgrid(*(x / len(x) for x in steps), indexing="ij"))
-    lowest = np.unravel_index(np.argsort(frequency, axis=None, kind="stable"), volume)
-    basis = np.einsum("fr,fp,fq->frpq", *(wave[index] for wave, index in zip(waves, lowest, strict=True)))
-    basis = np.einsum("frpq,cd->fdcrpq", basis, np.eye(3)).reshape(3 * len(basis), -1)
-    if shape[-2] >= shape[-1]:
-        return jnp.asarray(basis[: shape[-1]].T / math.prod(volume), dtype).reshape(shape)
-    return jnp.asarray(basis[: shape[-2]], dtype).reshape(shape)
-
-
 class Pyramid(nn.Module):
-    """What encoder and decoder share: `channels` a level, `strides` (time, space) between them, `features` that leave."""
+    """What encoder and decoder share: `channels` of each level, `strides` (time, space) between, `features` out."""
 
     channels: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]
@@ -147,8 +130,10 @@ class Pyramid(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
-    def conv(self, features: int, name: str) -> CausalConv3D:
-        return CausalConv3D(features, padding=self.padding, dtype=self.dtype, name=name)
+    def conv(self, features: int, name: str, stride: tuple[int, int] = (1, 1), **rest: Any) -> CausalConv3D:
+        time, space = stride
+        rest = dict(padding=self.padding, dtype=self.dtype, name=name, **rest)
+        return CausalConv3D(features, stride=(time, space, space), **rest)
 
     def residual(self, x: Array, level: int | str, blocks: int) -> Array:
         block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
@@ -157,30 +142,31 @@ class Pyramid(nn.Module):
         return x
 
     def head(self, x: Array) -> Array:
-        return CausalConv3D(self.features, padding=self.padding, dtype=self.dtype, name="conv_out",init=nn.initializers.zeros)(nn.silu(RMSNorm(dtype=self.dtype, name="norm_out")(x)))
+        x = nn.silu(RMSNorm(dtype=self.dtype, name="norm_out")(x))
+        return self.conv(self.features, "conv_out", init=nn.initializers.zeros)(x)
 
 
 class Encoder(Pyramid):
-    """Blocks of pixels to the posterior's mean and log-variance."""
+    """Patches of pixels to the posterior's mean and log-variance."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j z"]:
         x = self.residual(self.conv(self.channels[0], "conv_in")(x), 0, self.blocks)
         for level, stride in enumerate(self.strides, start=1):
-            x = CausalDownsample(self.channels[level], *stride, self.padding, self.dtype, name=f"down_{level}")(x)
+            x = self.conv(self.channels[level], f"down_{level}", stride)(x)
             x = self.residual(x, level, self.blocks)
         return self.head(self.residual(x, "mid", 1))
 
 
 class Decoder(Pyramid):
-    """Latents to blocks of pixels; the encoder backwards."""
+    """Latents to patches of pixels; the encoder backwards."""
 
     @nn.compact
     def __call__(self, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w c"]:
         x = self.residual(self.conv(self.channels[-1], "conv_in")(z), "mid", 1)
         for level, stride in reversed(list(enumerate(self.strides, start=1))):
-            x = self.residual(x, level, self.blocks)
-            x = CausalUpsample(self.channels[level - 1], *stride, self.padding, self.dtype, name=f"up_{level}")(x)
+            x = CausalUpsample(*stride, name=f"nearest_{level}")(self.residual(x, level, self.blocks))
+            x = self.conv(self.channels[level - 1], f"up_{level}")(x)
         return self.head(self.residual(x, 0, self.blocks))
 
 
@@ -198,6 +184,25 @@ class ResidualBlock(nn.Module):
         y = nn.silu(RMSNorm(dtype=self.dtype, name="norm_2")(y))
         x = x + conv(name="conv_2", init=nn.initializers.zeros)(y)
         return shard(x, "batch", None, "height", "width", None)
+
+
+def cosines(key: Key, shape: tuple[int, ...], dtype: Dtype, volume: tuple[int, int, int]) -> Float[Array, "..."]:
+    """Initialiser of a linear map between a `volume` (t, h, w) of pixels and its lowest DCT-II frequencies.
+
+    The longer of the last two dims of `shape` holds pixels in the order of `CausalFold`, the shorter frequencies, each
+    with its three colours. Pixels to latents and back is the orthogonal projection. Frequency f is amplified by
+    `1 + 16 f`, since the amplitudes of moving pictures fall like 1/f: latents of one scale learn faster.
+    """
+    steps = [np.arange(n) for n in volume]
+    waves = [np.cos(np.pi * x[:, None] * (x + 0.5) / len(x)) * np.where(x, 2**0.5, 1.0)[:, None] for x in steps]
+    frequency = np.sqrt(sum(axis**2 for axis in np.meshgrid(*(x / len(x) for x in steps), indexing="ij")))
+    lowest = np.argsort(frequency, axis=None, kind="stable")
+    chosen = zip(waves, np.unravel_index(lowest, volume), strict=True)
+    basis = np.einsum("fr,fp,fq->frpq", *(wave[index] for wave, index in chosen))
+    basis = np.einsum("frpq,cd->fdcrpq", basis, np.eye(3)).reshape(3 * len(basis), -1)[: min(shape[-2:])]
+    gain = np.repeat(1.0 + 16.0 * frequency.ravel()[lowest], 3)[: len(basis), None]
+    matrix = (basis * gain / math.prod(volume)).T if shape[-2] > shape[-1] else basis / gain
+    return jnp.asarray(matrix, dtype)[None, None, None]
 
 
 class LatentStats(NamedTuple):
@@ -232,8 +237,7 @@ def encode_stream(
         near = max(1, round(chunk / model.time_factor)) * model.time_factor
         raise UserError(f"chunk {chunk} is not a multiple of the VAE's {model.time_factor} frames a latent; try {near}")
     model.latent_shape(*video.shape[1:4])
-    parts = _stream(model, params, video, chunk, "encode")
-    means, logvars = zip(*parts, strict=True)
+    means, logvars = zip(*_stream(model, "encode", params, video, chunk), strict=True)
     return jnp.concatenate(means, axis=1), jnp.concatenate(logvars, axis=1)
 
 
@@ -243,23 +247,82 @@ def decode_stream(
     """`decode`, `chunk` latent frames at a time (the first chunk has one more)."""
     if chunk < 1:
         raise UserError(f"chunk {chunk}: a stream is decoded by at least 1 latent frame at a time")
-    return jnp.concatenate(_stream(model, params, z, chunk, "decode"), axis=1)
+    return jnp.concatenate(_stream(model, "decode", params, z, chunk), axis=1)
 
 
-def _stream(model: CausalVAE, params: Params, x: Array, chunk: int, method: str) -> list:
-    cache, parts = {}, []
+def _stream(model: CausalVAE, method: str, params: Params, x: Array, chunk: int) -> list[Any]:
+    cache, outs = {}, []
     for part in jnp.split(x, list(range(1 + chunk, x.shape[1], chunk)), axis=1):
-        out, cache = _apply_chunk(model, method, params, cache, part)
-        parts.append(out)
-    return parts
+        out, cache = _apply(model, method, params, cache, part)
+        outs.append(out)
+    return outs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_chunk(model: CausalVAE, method: str, params: Params, cache: Params, x: Array) -> tuple[Any, Params]:
+def _apply(model: CausalVAE, method: str, params: Params, cache: Params, x: Array) -> tuple[Any, Params]:
     out, state = model.apply({"params": params, "cache": cache}, x, method=method, mutable=["cache"])
     return out, state["cache"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: CausalVAE, method: str, params: Params, x: Array) -> Any:
-    return model.apply({"params": params}, x, method=method)
+def encode_tiled(
+    model: CausalVAE, params: Params, video: Float[Array, "b t h w 3"], tile: int, overlap: int
+) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
+    """`encode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
+    model.latent_shape(*video.shape[1:4])
+
+    def encode(part: Array) -> Array:
+        return jnp.concatenate(_apply(model, "encode", params, {}, part)[0], axis=-1)
+
+    out = _tiled(encode, video, tile, overlap, model.space_factor, 1)
+    mean, logvar = jnp.split(out, 2, axis=-1)
+    return mean, logvar
+
+
+def decode_tiled(
+    model: CausalVAE, params: Params, z: Float[Array, "b s i j z"], tile: int, overlap: int
+) -> Float[Array, "b t h w 3"]:
+    """`decode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
+    return _tiled(lambda part: _apply(model, "decode", params, {}, part)[0], z, tile, overlap, 1, model.space_factor)
+
+
+def _tiled(function: Callable[[Array], Array], x: Array, tile: int, overlap: int, before: int, after: int) -> Array:
+    """`function` on tiles, blended on the host; a latent position is `before` pixels of `x` and `after` of the result.
+
+    Of each overlap the outer quarters are context and only the middle half is blended, so that where a quarter covers
+    the receptive field the result is that of the whole.
+    """
+    if not 0 <= overlap < tile:
+        raise UserError(f"tiles of {tile} latent positions cannot overlap by {overlap}; try {tile // 2}")
+    spans = [_spans(size // before, tile, overlap) for size in x.shape[2:4]]
+    total = weight = None
+    for top, bottom in spans[0]:
+        for left, right in spans[1]:
+            out = np.asarray(function(x[:, :, top * before : bottom * before, left * before : right * before]))
+            if total is None:
+                height, width = (size // before * after for size in x.shape[2:4])
+                total = np.zeros((*out.shape[:2], height, width, out.shape[-1]), np.float32)
+                weight = np.zeros((height, width, 1), np.float32)
+            rows = _ramp(top, bottom, spans[0][-1][1], overlap, after)
+            window = (rows[:, None] * _ramp(left, right, spans[1][-1][1], overlap, after))[..., None]
+            here = (slice(top * after, bottom * after), slice(left * after, right * after))
+            total[:, :, *here] += window * out
+            weight[here] += window
+    return jnp.asarray(total / weight)
+
+
+def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Tiles of one size that cover `size`; the last one ends where it ends."""
+    tile = min(tile, size)
+    starts = [*range(0, size - tile, max(1, tile - overlap)), size - tile]
+    return [(start, start + tile) for start in starts]
+
+
+def _ramp(start: int, stop: int, size: int, overlap: int, scale: int) -> np.ndarray:
+    """Weights along one dim of a tile: 1, falling to 0 in the overlap with a neighbour, not at the picture's border."""
+    if not overlap:
+        return np.ones((stop - start) * scale, np.float32)
+    position = np.arange((stop - start) * scale, dtype=np.float32) + 0.5
+    inner = (overlap * scale / 4, overlap * scale / 2)
+    rise = np.clip((position - inner[0]) / inner[1], 0, 1) if start else 1.0
+    fall = np.clip((position[::-1] - inner[0]) / inner[1], 0, 1) if stop < size else 1.0
+    return np.ones_like(position) * rise * fall

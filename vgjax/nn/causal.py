@@ -1,8 +1,8 @@
-"""Causal convolution and nearest up-sampling of video: position t never sees a later frame.
+"""Causal convolution, folding and nearest up-sampling of video: position t never sees a later frame.
 
-The causal 3D convolution of MAGVIT-v2 (Yu et al. 2023, arXiv:2310.05737): all time padding on the left, spatial padding
-symmetric. Both modules stream: while the `cache` collection is mutable each keeps the frames its next chunk will need,
-and with a cache present it continues from them, so that chunk by chunk equals the whole.
+The causal 3D convolution of MAGVIT-v2 (Yu et al. 2023, arXiv:2310.05737): all time padding on the left, spatial
+padding symmetric. Every module streams: while the `cache` collection is mutable it keeps what its next chunk will need,
+and with a cache present it continues from there, so that chunk by chunk equals the whole.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from flax import linen as nn
 
 from vgjax.nn.linear import lecun
@@ -100,48 +100,22 @@ def _started(module: nn.Module) -> bool:
     return started
 
 
-class CausalDownsample(nn.Module):
-    """A strided causal convolution plus the channel means of the folded input.
-
-    The parameter-free shortcut is that of DC-AE (Chen et al. 2024, arXiv:2410.10733) and Wan 2.2.
-    """
-
-    features: int
-    time: int = 1
-    space: int = 1
-    padding: Padding = "zeros"
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
-        stride = (self.time, self.space, self.space)
-        y = CausalConv3D(self.features, stride=stride, padding=self.padding, dtype=self.dtype, name="conv")(x)
-        folded = CausalFold(self.time, self.space, name="fold")(x.astype(self.dtype))
-        return y + reduce(folded, "b t h w (d n) -> b t h w d", "mean", d=self.features)
-
-
 class CausalUpsample(nn.Module):
-    """Nearest up-sampling and a causal convolution, plus the unfolded copies of the input's channels."""
+    """Nearest up-sampling: `1 + k` frames become `1 + time*k`, a continued stream `k -> time*k`."""
 
-    features: int
     time: int = 1
     space: int = 1
-    padding: Padding = "zeros"
-    dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
-        volume = self.time * self.space**2
-
-        def unfold(copies: int, name: str) -> Array:
-            # Copies and a rearrangement, not image.resize: no gather.
-            return CausalUnfold(self.time, self.space, name=name)(repeat(x, "b t h w c -> b t h w (c n)", n=copies))
-
-        conv = CausalConv3D(self.features, padding=self.padding, dtype=self.dtype, name="conv")
-        return conv(unfold(volume, "nearest")) + unfold(volume * self.features // x.shape[-1], "shortcut")
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j c"]:
+        # Copies and a rearrangement, not image.resize: no gather.
+        copies = repeat(x, "b t h w c -> b t h w (c n)", n=self.time * self.space**2)
+        return CausalUnfold(self.time, self.space, name="unfold")(copies)
 
 
-def conv3d(x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple) -> Float[Array, "b s i j d"]:
+def conv3d(
+    x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple
+) -> Float[Array, "b s i j d"]:
     """Convolution, unpadded in time and symmetrically zero-padded in space, in the form the platform does best."""
     # XLA's CPU backend runs 3-D convolutions 3-4x slower than the same taps as 2-D ones (benchmarks/conv.py).
     return conv3d_taps(x, kernel, stride) if platform() == "cpu" else conv3d_direct(x, kernel, stride)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import reduce
 
-from vgjax.flow.path import Straight, sample_keys
+from vgjax.flow.path import Straight, precondition, sample_keys
 from vgjax.flow.steppers import Velocity
 from vgjax.flow.time import Shift, Uniform
 from vgjax.losses.mean import pair
@@ -22,7 +22,11 @@ from vgjax.typing import Array, Bool, Float, Int, Key, Params, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class FlowObjective:
-    """One player, `velocity`: `{"model": MM-DiT, "text": text encoder}`. The VAE is frozen."""
+    """One player, `velocity`: `{"model": MM-DiT, "text": text encoder}`. The VAE is frozen.
+
+    With `precondition` the network gives what the best linear guess leaves over (see `flow.path.precondition`); models
+    trained elsewhere as plain velocities have it off.
+    """
 
     model: Any  # a Linen MMDiT
     text: Any  # a Linen TextEncoder
@@ -30,6 +34,7 @@ class FlowObjective:
     time: Any = Uniform()
     shift: Shift = Shift()
     path: Straight = Straight()
+    precondition: bool = False
     bins: int = 4
     players: ClassVar[tuple[str, ...]] = ("velocity",)
 
@@ -78,7 +83,7 @@ class FlowObjective:
         def v(x: Float[Array, "b t h w c"], t: Float[Array, "..."]) -> Float[Array, "b t h w c"]:
             return self.model.apply({"params": own["model"]}, x, jnp.broadcast_to(t, x.shape[:1]), c, mask, vec)
 
-        return v
+        return precondition(v) if self.precondition else v
 
 
 def _init(module: Any, key: Key, *inputs: Any) -> tuple[Params, Any]:
