@@ -21,7 +21,9 @@ def get_config(arg: str = "dit") -> ConfigDict:
     if arg == "vae":
         config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-5)))
         config.model = dict(kind="causal_vae", size="tiny", latent_channels=16)
-        config.optim = dict(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
+        config.optim = dict(
+            kind="adamw", lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1
+        )
         config.train = dict(steps=600, batch=8, log_every=20, image_every=200, save_every=100, max_dropped=10)
     elif arg == "dit":
         config.objective = dict(kind="flow", bins=4)
@@ -33,7 +35,9 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.vae = "{workdir}/../vae"
         config.latents = ""
         config.data.drop_caption = 0.1
-        config.optim = dict(lr=1e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
+        config.optim = dict(
+            kind="adamw", lr=1e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1
+        )
         config.train = dict(steps=400, batch=8, log_every=20, image_every=200, save_every=100, max_dropped=10)
         config.evaluate.nearest = True
         config.sample = dict(steps=30, cfg=2.0)

@@ -16,7 +16,7 @@ def data() -> dict:
         path="{workdir}/../data",
         count=2000,
         held_out=128,
-        frames=17,
+        frames=9,
         size=(32, 32),
         fps=8.0,
         workers=0,
@@ -31,24 +31,40 @@ def get_config(arg: str = "dit") -> ConfigDict:
     config.data = data()
     config.layout = dict(kind="dp", devices=0)
     if arg == "vae":
-        config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-4)))
+        config.objective = dict(kind="vae", weights=(("mse", 1.0), ("kl", 1e-6)))
         config.model = dict(kind="causal_vae", size="tiny")
-        config.optim = dict(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
-        config.train = dict(steps=400, batch=16, log_every=20, image_every=200, save_every=100)
-        config.evaluate = dict(clips=64)
+        config.optim = dict(
+            kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
+        )
+        config.train = dict(
+            steps=1500, batch=4, log_every=20, image_every=500, save_every=250, keep_last=3, keep_every=0, max_dropped=10
+        )
+        config.evaluate = dict(clips=64, path="")
     elif arg == "dit":
-        config.objective = dict(kind="flow", bins=4)
+        config.objective = dict(kind="flow", precondition=True, bins=4)
         config.model = dict(kind="mmdit", size="quickstart")
         config.tokenizer = dict(kind="words", length=12)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
-        config.time = dict(kind="logit_normal", loc=0.0, scale=1.0)
-        config.shift = dict(factor=1.0)
+        config.time = dict(kind="uniform")
+        config.shift = dict(factor=3.0)
         config.vae = "{workdir}/../vae"
         config.latents = "{workdir}/../latents"
         config.data.drop_caption = 0.1
-        config.optim = dict(lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
-        config.train = dict(steps=1000, batch=32, log_every=20, image_every=500, save_every=200)
-        config.evaluate = dict(clips=64, prompts=64)
+        config.optim = dict(
+            kind="muon", lr=4e-3, schedule="cosine", warmup=50, final=0.0, clip=1.0, ema=0.99, accumulate=1
+        )
+        config.train = dict(
+            steps=1600,
+            batch=16,
+            log_every=20,
+            image_every=800,
+            evaluate_every=0,
+            save_every=200,
+            keep_last=3,
+            keep_every=0,
+            max_dropped=10,
+        )
+        config.evaluate = dict(clips=64, prompts=100, path="")
         config.sample = dict(steps=24, cfg=3.0)
     else:
         raise ValueError(f"configs/quickstart.py:{arg} is unknown: use vae or dit")

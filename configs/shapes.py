@@ -30,7 +30,9 @@ def get_config(arg: str = "dit") -> ConfigDict:
     if arg == "vae":
         config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-4)))
         config.model = dict(kind="causal_vae", size="tiny")
-        config.optim = dict(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1)
+        config.optim = dict(
+            kind="adamw", lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1
+        )
         config.train = dict(steps=800, batch=16, log_every=20, image_every=400, save_every=100, max_dropped=10)
         config.evaluate = dict(clips=64)
     elif arg == "dit":
@@ -43,7 +45,9 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.vae = "{workdir}/../vae"
         config.latents = "{workdir}/../latents"
         config.data.drop_caption = 0.1
-        config.optim = dict(lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0, clip=1.0, ema=0.995, accumulate=1)
+        config.optim = dict(
+            kind="adamw", lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0, clip=1.0, ema=0.995, accumulate=1
+        )
         config.train = dict(
             steps=8000, batch=32, log_every=50, image_every=1000, evaluate_every=1000, save_every=250, max_dropped=10
         )

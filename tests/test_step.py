@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from vgjax import layouts, sharding, state, step
 from vgjax.losses.mean import pair
-from vgjax.optim import adamw, decay_mask, schedule
+from vgjax.optim import adamw, decay_mask, hidden_matrices, muon, schedule
 
 WIDTH, BATCH = 16, 8
 
@@ -157,3 +157,44 @@ def test_schedules_warm_up_and_end_where_they_say():
         assert float(rate(0)) == 0.0
         assert float(rate(10)) == pytest.approx(1.0)
         assert float(rate(100)) == pytest.approx(end, abs=1e-6)
+
+
+def test_muon_takes_the_matrices_of_blocks_alone_and_its_updates_are_orthogonal():
+    rng = np.random.default_rng(0)
+    shapes = {
+        ("block", "qkv", "kernel"): (2, 3, 8, 2, 4),
+        ("block", "merge", "kernel"): (2, 2, 4, 8),
+        ("block_0", "conv_1", "kernel"): (3, 3, 3, 4, 8),
+        ("block", "qkv", "bias"): (2, 3, 2, 4),
+        ("velocity", "kernel"): (8, 8),
+    }
+    params: dict = {}
+    for path, shape in shapes.items():
+        at = params
+        for name in path[:-1]:
+            at = at.setdefault(name, {})
+        at[path[-1]] = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    dims = hidden_matrices(params)
+    assert dims["block"]["qkv"]["kernel"].reduction_axis == (2,) and dims["block"]["qkv"]["kernel"].output_axis == (
+        3,
+        4,
+    )
+    assert dims["block"]["merge"]["kernel"].reduction_axis == (1, 2)
+    assert dims["block_0"]["conv_1"]["kernel"].reduction_axis == (0, 1, 2, 3)
+    assert dims["block"]["qkv"]["bias"] is None and dims["velocity"]["kernel"] is None
+    tx = muon(lambda count: 1.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    update = np.asarray(updates["block"]["qkv"]["kernel"]).reshape(6, 8, 8)
+    for matrix in update:  # equal singular values, as far as five Newton-Schulz iterations take them
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values[0] / values[-2] < 2.5  # the smallest may start too near 0 for five iterations
+
+
+def test_moments_of_an_optimizer_that_takes_some_parameters_are_sharded_too():
+    objective, optimizer = Regression(), muon(lambda count: 0.01)
+    layout, mesh = layouts.find("fsdp", 8)
+    with sharding.use(layout, mesh):
+        abstract, init = state.builder(objective, optimizer, 0, batch_of(0), layout, mesh)
+        now = init()
+    large = [leaf for leaf in jax.tree.leaves(now.opt) if leaf.shape == (WIDTH, 2)]
+    assert large and all(leaf.addressable_shards[0].data.shape == (WIDTH // 8, 2) for leaf in large)

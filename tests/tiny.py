@@ -20,7 +20,9 @@ def get_config(arg: str = "vae") -> ConfigDict:
         max_bad=0.1,
     )
     config.layout = dict(kind="dp", devices=1)
-    config.optim = dict(lr=1e-3, schedule="cosine", warmup=2, weight_decay=0.01, clip=1.0, ema=0.9, accumulate=1)
+    config.optim = dict(
+        kind="adamw", lr=1e-3, schedule="cosine", warmup=2, weight_decay=0.01, clip=1.0, ema=0.9, accumulate=1
+    )
     config.train = dict(steps=6, batch=4, log_every=1, save_every=2, max_dropped=10)
     config.evaluate = dict(clips=4)
     if arg == "vae":

@@ -129,14 +129,14 @@ def compute_dtype(precision: str) -> Any:
 def optimizer(
     section: Mapping[str, Any] | ConfigDict, steps: int
 ) -> tuple[optax.GradientTransformation, dict[str, Any]]:
-    """(AdamW with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
-    rest = dict(section)
+    """(the optimizer with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
+    kind, rest = choose("config.optim", optim.OPTIMIZERS, section)
     of_step = {key: rest.pop(key) for key in ("clip", "ema", "accumulate") if key in rest}
     of_rate = {key: rest.pop(key) for key in ("lr", "schedule", "warmup", "final") if key in rest}
     if "schedule" in of_rate:
         of_rate["kind"] = of_rate.pop("schedule")
     rate = call("config.optim", optim.schedule, of_rate, steps=steps)
-    return call("config.optim", optim.adamw, rest, rate=rate), of_step
+    return call("config.optim", kind, rest, rate=rate), of_step
 
 
 def world_of(config: ConfigDict) -> shapes.World:

@@ -57,20 +57,27 @@ def builder(
     shapes = jax.eval_shape(init)
     everywhere = NamedSharding(mesh, PartitionSpec())
     of_params = sharding.shardings(jax.eval_shape(boxed, jax.random.key(0)), layout, mesh)
-    # jit(optimizer.init) would replicate the moments: they take the sharding of the parameter they belong to.
-    of_opt = {
-        player: optax.tree_map_params(
-            optimizer,
-            lambda _, s: s,
-            shapes.opt[player],
-            of_params[player],
-            transform_non_params=lambda _: everywhere,
-        )
-        for player in objective.players
-    }
+    of_opt = {name: _like(shapes.params[name], of_params[name], shapes.opt[name]) for name in objective.players}
+    of_opt = jax.tree.map(lambda found: found or everywhere, of_opt, is_leaf=lambda found: found is None)
     specs = TrainState(everywhere, of_params, of_opt, of_params, everywhere, everywhere)
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, specs)
     return abstract, jax.jit(init, out_shardings=specs)
+
+
+def _like(params: Params, of_params: PyTree, opt: PyTree) -> PyTree:
+    """For each leaf of an optimizer's state the sharding of the parameter it belongs to, or None.
+
+    jit(optimizer.init) would replicate the moments. A moment belongs to the parameter whose path ends its own, with the
+    same shape: unlike `optax.tree_map_params` that also holds where an optimizer takes only some of the parameters.
+    """
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(of_params), strict=True)
+    known = {(path, leaf.shape): sharding for (path, leaf), sharding in leaves}
+
+    def one(path: tuple, leaf: Any) -> NamedSharding | None:
+        tails = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
+        return next((sharding for sharding in tails if sharding is not None), None)
+
+    return jax.tree_util.tree_map_with_path(one, opt)
 
 
 def parameter_count(params: Params) -> int:

@@ -1,7 +1,7 @@
 """Mean squared reconstruction error.
 
-On flat synthetic clips it learns where L1 does not: the gradient of L1 keeps its size as the error of a plain background
-shrinks, and drowns that of the few pixels at the rims.
+On flat synthetic clips it learns where L1 does not: the gradient of L1 keeps its size as the error of a plain
+background shrinks, and drowns that of the few pixels at the rims.
 """
 
 import jax.numpy as jnp

@@ -23,11 +23,12 @@ def ssim(x: Float[Array, "b t h w c"], y: Float[Array, "b t h w c"]) -> Float[Ar
     height, width = x.shape[2:4]
     if min(height, width) < WINDOW:
         raise UserError(f"SSIM looks through a window of {WINDOW} pixels, frames of {height}x{width} are too small")
-    x, y = (jnp.clip(v.astype(jnp.float32), -1.0, 1.0) for v in (x, y))
+    # On [0, 1]: unlike PSNR, SSIM compares luminance from black up.
+    x, y = (jnp.clip(v.astype(jnp.float32), -1.0, 1.0) / 2.0 + 0.5 for v in (x, y))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similar = similar / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return reduce(similar, "b ... -> b", "mean")

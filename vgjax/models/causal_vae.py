@@ -62,6 +62,12 @@ class CausalVAE(nn.Module):
                 f"a causal VAE of {levels} levels (multipliers {self.multipliers}) needs {levels - 1} strides, "
                 f"but time is {self.time} and space is {self.space}"
             )
+        volume = (self.time_factor, self.space_factor, self.space_factor)
+        if not 1 <= self.latent_channels <= 3 * math.prod(volume):
+            raise UserError(
+                f"latent_channels is {self.latent_channels}: a latent stands for {3 * math.prod(volume)} numbers, "
+                f"so choose from 1 to {3 * math.prod(volume)}"
+            )
         channels = tuple(self.width * multiplier for multiplier in self.multipliers)
         shape = (channels, tuple(zip(self.time, self.space, strict=True)), self.blocks)
         rest = dict(padding=self.padding, remat=self.remat, dtype=self.dtype)
@@ -69,9 +75,9 @@ class CausalVAE(nn.Module):
         self.patchify, self.unpatchify = CausalFold(*patch), CausalUnfold(*patch)
         self.encoder = Encoder(*shape, features=2 * self.latent_channels, **rest)
         self.decoder = Decoder(*shape, features=3 * self.patch_frames * self.patch**2, **rest)
-        volume = (self.time_factor, self.space_factor, self.space_factor)
         self.fold, self.unfold = CausalFold(*volume[:2]), CausalUnfold(*volume[:2])
-        linear = functools.partial(CausalConv3D, kernel=(1, 1, 1), init=functools.partial(cosines, volume=volume))
+        cosine = functools.partial(cosines, volume=volume)
+        linear = functools.partial(CausalConv3D, kernel=(1, 1, 1), kernel_init=cosine)
         self.analysis, self.synthesis = linear(self.latent_channels), linear(3 * math.prod(volume))
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> tuple[Array, Array, Array]:
@@ -143,7 +149,7 @@ class Pyramid(nn.Module):
 
     def head(self, x: Array) -> Array:
         x = nn.silu(RMSNorm(dtype=self.dtype, name="norm_out")(x))
-        return self.conv(self.features, "conv_out", init=nn.initializers.zeros)(x)
+        return self.conv(self.features, "conv_out", kernel_init=nn.initializers.zeros)(x)
 
 
 class Encoder(Pyramid):
@@ -182,7 +188,7 @@ class ResidualBlock(nn.Module):
         conv = functools.partial(CausalConv3D, self.features, padding=self.padding, dtype=self.dtype)
         y = conv(name="conv_1")(nn.silu(RMSNorm(dtype=self.dtype, name="norm_1")(x)))
         y = nn.silu(RMSNorm(dtype=self.dtype, name="norm_2")(y))
-        x = x + conv(name="conv_2", init=nn.initializers.zeros)(y)
+        x = x + conv(name="conv_2", kernel_init=nn.initializers.zeros)(y)
         return shard(x, "batch", None, "height", "width", None)
 
 

@@ -33,13 +33,13 @@ class CausalConv3D(nn.Module):
     stride: Triple = (1, 1, 1)
     padding: Padding = "zeros"
     names: tuple[str | None, str | None] = ("conv_in", "conv_out")
-    init: Callable[..., Array] = lecun
+    kernel_init: Callable[..., Array] = lecun
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s i j d"]:
         shape = (*self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", named(self.init, None, None, None, *self.names), shape, jnp.float32)
+        kernel = self.param("kernel", named(self.kernel_init, None, None, None, *self.names), shape, jnp.float32)
         bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,), jnp.float32)
         x = self._with_past(x.astype(self.dtype))
         return conv3d(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
