@@ -2,8 +2,8 @@
 
     python benchmarks/conv.py
 
-Every form runs in turns in one process, so that the ratios survive a noisy machine; the best of `ROUNDS` counts. Besides
-the form in use (`taps`): the time taps concatenated on the input's channels, and on the output's. Writes
+Every form runs in turns in one process, so that the ratios survive a noisy machine; the best of `ROUNDS` counts.
+Besides the form in use (`taps`): the time taps concatenated on the input's channels, and on the output's. Writes
 benchmarks/results/conv_<platform>.json: milliseconds, GFLOP/s (2 * 27 * c * d a position, three times that with the
 backward pass), chip, versions, commit, date. The gain is that of `taps` over `direct`.
 """

@@ -37,7 +37,14 @@ def get_config(arg: str = "dit") -> ConfigDict:
             kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
         )
         config.train = dict(
-            steps=1500, batch=4, log_every=20, image_every=500, save_every=250, keep_last=3, keep_every=0, max_dropped=10
+            steps=1500,
+            batch=4,
+            log_every=20,
+            image_every=500,
+            save_every=250,
+            keep_last=3,
+            keep_every=0,
+            max_dropped=10,
         )
         config.evaluate = dict(clips=64, path="")
     elif arg == "dit":

@@ -185,7 +185,10 @@ def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config with `{workdir}` filled in, wherever a path mentions it."""
+    """The config with `{workdir}` filled in and the row of SIZES spelled out.
+
+    So a checkpoint describes itself also after the table has changed.
+    """
 
     def fill(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -194,7 +197,12 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
             return str(Path(value.replace("{workdir}", str(workdir))).resolve()) if "{workdir}" in value else value
         return value
 
-    return ConfigDict(fill(config.to_dict()))
+    plain = fill(config.to_dict())
+    section = plain.get("model", {})
+    _, sizes = MODELS.get(section.get("kind"), (None, {}))
+    if section.get("size") in sizes:
+        plain["model"] = {**sizes[section.pop("size")], **section}
+    return ConfigDict(plain)
 
 
 def difference(config: ConfigDict, defaults: ConfigDict) -> list[str]:

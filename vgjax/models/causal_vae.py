@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 
 from vgjax.errors import UserError
@@ -26,7 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # 4x4x4 with 16 channels: the quickstart's 17x32x32 clips become 5x8x8. Few, wide positions: that is where a CPU
     # convolves fastest.
     "tiny": dict(
-        width=64, multipliers=(1, 1), blocks=1, time=(2,), space=(1,), patch_frames=2, patch=4, latent_channels=16
+        width=64, multipliers=(1, 1), blocks=0, time=(2,), space=(1,), patch_frames=2, patch=4, latent_channels=16
     ),
     # 4x8x8 with 16 channels: real footage from 64x64 on.
     "small": dict(width=48, multipliers=(1, 2, 4), blocks=1, time=(2, 2), space=(1, 2), patch=4, latent_channels=16),
@@ -205,7 +206,8 @@ def cosines(key: Key, shape: tuple[int, ...], dtype: Dtype, volume: tuple[int, i
     lowest = np.argsort(frequency, axis=None, kind="stable")
     chosen = zip(waves, np.unravel_index(lowest, volume), strict=True)
     basis = np.einsum("fr,fp,fq->frpq", *(wave[index] for wave, index in chosen))
-    basis = np.einsum("frpq,cd->fdcrpq", basis, np.eye(3)).reshape(3 * len(basis), -1)[: min(shape[-2:])]
+    basis = np.einsum("frpq,cd->fdcrpq", basis, np.eye(3))
+    basis = rearrange(basis, "f d c r p q -> (f d) (c r p q)")[: min(shape[-2:])]
     gain = np.repeat(1.0 + 16.0 * frequency.ravel()[lowest], 3)[: len(basis), None]
     matrix = (basis * gain / math.prod(volume)).T if shape[-2] > shape[-1] else basis / gain
     return jnp.asarray(matrix, dtype)[None, None, None]

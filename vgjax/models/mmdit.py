@@ -30,7 +30,14 @@ from vgjax.typing import Array, Bool, Dtype, Float
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": dict(
-        dim=192, heads=6, double_blocks=2, single_blocks=4, refiner_blocks=1, rope_dims=(8, 12, 12), scan=False
+        dim=192,
+        heads=6,
+        double_blocks=2,
+        single_blocks=4,
+        refiner_blocks=1,
+        rope_dims=(8, 12, 12),
+        absolute=True,
+        scan=False,
     ),
     "s": dict(dim=384, heads=6, double_blocks=3, single_blocks=6),
     "b": dict(dim=768, heads=12, double_blocks=3, single_blocks=6),
@@ -74,6 +81,7 @@ class MMDiT(nn.Module):
     patch: tuple[int, int, int] = (1, 2, 2)
     rope_dims: tuple[int, int, int] | None = None
     theta: float = 256.0
+    absolute: bool = False
     guidance: bool = False
     refiner_blocks: int = 2
     remat: str = "none"
@@ -103,8 +111,10 @@ class MMDiT(nn.Module):
 
         x = Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(patch.patchify(x, self.patch))
         c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, mask, t)
-        (n, m) = (x.shape[1], c.shape[1])
-        ids = jnp.concatenate([patch.positions(grid), jnp.zeros((m, 3), jnp.int32)])
+        (n, m), places = (x.shape[1], c.shape[1]), patch.positions(grid)
+        if self.absolute:
+            x = x + Linear(self.dim, (None, "embed"), dtype=self.dtype, name="places")(rope.waves(places, 16))
+        ids = jnp.concatenate([places, jnp.zeros((m, 3), jnp.int32)])
         turn = rope.rotation(ids[None], self._rope_dims(), self.theta)
         segments = padding(jnp.pad(mask, ((0, 0), (n, 0)), constant_values=True))
 

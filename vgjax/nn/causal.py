@@ -117,7 +117,7 @@ def conv3d(
     x: Float[Array, "b t h w c"], kernel: Float[Array, "r p q c d"], stride: Triple
 ) -> Float[Array, "b s i j d"]:
     """Convolution, unpadded in time and symmetrically zero-padded in space, in the form the platform does best."""
-    # XLA's CPU backend runs 3-D convolutions 3-4x slower than the same taps as 2-D ones (benchmarks/conv.py).
+    # XLA's CPU backend runs 3-D convolutions 2-9x slower than the same taps as 2-D ones (benchmarks/conv.py).
     return conv3d_taps(x, kernel, stride) if platform() == "cpu" else conv3d_direct(x, kernel, stride)
 
 

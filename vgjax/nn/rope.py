@@ -7,7 +7,7 @@ Models that pair channels (2j, 2j+1) hold the same numbers in another order: `in
 
 import jax.numpy as jnp
 import numpy as np
-from einops import repeat
+from einops import rearrange, repeat
 
 from vgjax.errors import UserError
 from vgjax.typing import Array, Float, Int
@@ -49,3 +49,9 @@ def rotate(x: Float[Array, "b n h k"], turn: Rotation) -> Float[Array, "b n h k"
 def interleaved(head_dim: int) -> np.ndarray:
     """Indices that bring channels from pairs (2j, 2j+1) to our halves (j, j + k/2): `ours = theirs[..., indices]`."""
     return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
+
+
+def waves(positions: Int[Array, "n a"], size: int) -> Float[Array, "n f"]:
+    """Fixed sine-cosine features of ids: `size` of them a dimension, wavelengths from 2 to 64 places."""
+    angles = positions[:, :, None] * (2.0 * np.pi / np.geomspace(2.0, 64.0, size // 2))
+    return rearrange(jnp.stack([jnp.sin(angles), jnp.cos(angles)]), "s n a f -> n (a s f)")
