@@ -19,24 +19,24 @@ def get_config(arg: str = "dit") -> ConfigDict:
     config.layout = dict(kind="dp", devices=0)
     config.evaluate = dict(clips=64, path="")
     if arg == "vae":
-        config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-5)))
-        config.model = dict(kind="causal_vae", size="tiny", latent_channels=16)
+        config.objective = dict(kind="vae", weights=(("mse", 1.0), ("kl", 1e-6)))
+        config.model = dict(kind="causal_vae", size="tiny")
         config.optim = dict(
-            kind="adamw", lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1
+            kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
         )
         config.train = dict(steps=600, batch=8, log_every=20, image_every=200, save_every=100, max_dropped=10)
     elif arg == "dit":
-        config.objective = dict(kind="flow", bins=4)
+        config.objective = dict(kind="flow", precondition=True, bins=4)
         config.model = dict(kind="mmdit", size="quickstart")
         config.tokenizer = dict(kind="words", length=32)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
-        config.time = dict(kind="logit_normal", loc=0.0, scale=1.0)
-        config.shift = dict(factor=2.0)
+        config.time = dict(kind="uniform")
+        config.shift = dict(factor=3.0)
         config.vae = "{workdir}/../vae"
         config.latents = ""
         config.data.drop_caption = 0.1
         config.optim = dict(
-            kind="adamw", lr=1e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1
+            kind="muon", lr=3e-3, schedule="cosine", warmup=20, final=0.0, clip=1.0, ema=0.99, accumulate=1
         )
         config.train = dict(steps=400, batch=8, log_every=20, image_every=200, save_every=100, max_dropped=10)
         config.evaluate.nearest = True

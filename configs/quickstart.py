@@ -37,11 +37,11 @@ def get_config(arg: str = "dit") -> ConfigDict:
             kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
         )
         config.train = dict(
-            steps=1500,
+            steps=2400,
             batch=4,
             log_every=20,
-            image_every=500,
-            save_every=250,
+            image_every=1200,
+            save_every=400,
             keep_last=3,
             keep_every=0,
             max_dropped=10,
@@ -61,18 +61,18 @@ def get_config(arg: str = "dit") -> ConfigDict:
             kind="muon", lr=4e-3, schedule="cosine", warmup=50, final=0.0, clip=1.0, ema=0.99, accumulate=1
         )
         config.train = dict(
-            steps=1600,
+            steps=3600,
             batch=16,
             log_every=20,
-            image_every=800,
+            image_every=1200,
             evaluate_every=0,
-            save_every=200,
+            save_every=300,
             keep_last=3,
             keep_every=0,
             max_dropped=10,
         )
         config.evaluate = dict(clips=64, prompts=100, path="")
-        config.sample = dict(steps=24, cfg=3.0)
+        config.sample = dict(steps=24, cfg=2.0)
     else:
         raise ValueError(f"configs/quickstart.py:{arg} is unknown: use vae or dit")
     return config

@@ -28,31 +28,49 @@ def get_config(arg: str = "dit") -> ConfigDict:
     )
     config.layout = dict(kind="dp", devices=0)
     if arg == "vae":
-        config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-4)))
+        config.objective = dict(kind="vae", weights=(("mse", 1.0), ("kl", 1e-6)))
         config.model = dict(kind="causal_vae", size="tiny")
         config.optim = dict(
-            kind="adamw", lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.0, clip=1.0, ema=0.99, accumulate=1
+            kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
         )
-        config.train = dict(steps=800, batch=16, log_every=20, image_every=400, save_every=100, max_dropped=10)
-        config.evaluate = dict(clips=64)
+        config.train = dict(
+            steps=6000,
+            batch=4,
+            log_every=50,
+            image_every=2000,
+            evaluate_every=0,
+            save_every=500,
+            keep_last=3,
+            keep_every=0,
+            max_dropped=10,
+        )
+        config.evaluate = dict(clips=64, path="")
     elif arg == "dit":
-        config.objective = dict(kind="flow", bins=4)
+        config.objective = dict(kind="flow", precondition=True, bins=4)
         config.model = dict(kind="mmdit", size="quickstart")
         config.tokenizer = dict(kind="words", length=20)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
-        config.time = dict(kind="logit_normal", loc=0.0, scale=1.0)
-        config.shift = dict(factor=1.0)
+        config.time = dict(kind="uniform")
+        config.shift = dict(factor=3.0)
         config.vae = "{workdir}/../vae"
         config.latents = "{workdir}/../latents"
         config.data.drop_caption = 0.1
         config.optim = dict(
-            kind="adamw", lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0, clip=1.0, ema=0.995, accumulate=1
+            kind="muon", lr=4e-3, schedule="cosine", warmup=100, final=0.0, clip=1.0, ema=0.995, accumulate=1
         )
         config.train = dict(
-            steps=8000, batch=32, log_every=50, image_every=1000, evaluate_every=1000, save_every=250, max_dropped=10
+            steps=16000,
+            batch=16,
+            log_every=50,
+            image_every=2000,
+            evaluate_every=2000,
+            save_every=500,
+            keep_last=3,
+            keep_every=0,
+            max_dropped=10,
         )
-        config.evaluate = dict(clips=64, prompts=64)
-        config.sample = dict(steps=24, cfg=3.0)
+        config.evaluate = dict(clips=64, prompts=100, path="")
+        config.sample = dict(steps=24, cfg=2.0)
     else:
         raise ValueError(f"configs/shapes.py:{arg} is unknown: use vae or dit")
     return config

@@ -127,7 +127,7 @@ class MMDiT(nn.Module):
         out = Linear(
             math.prod(self.patch) * self.channels,
             ("embed", None),
-            init=nn.initializers.zeros,
+            kernel_init=nn.initializers.zeros,
             dtype=self.dtype,
             name="velocity",
         )(modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype))

@@ -18,12 +18,12 @@ class Linear(nn.Module):
     features: int
     names: tuple[str | None, str | None] = ("embed", "mlp")
     use_bias: bool = True
-    init: Callable[..., Array] = lecun
+    kernel_init: Callable[..., Array] = lecun
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... d"]:
-        kernel = self.param("kernel", named(self.init, *self.names), (x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", named(self.kernel_init, *self.names), (x.shape[-1], self.features), jnp.float32)
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,), jnp.float32)

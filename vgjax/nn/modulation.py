@@ -15,7 +15,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, vec: Float[Array, "b e"]) -> list[Float[Array, "b 1 d"]]:
-        vectors = Linear(self.count * self.dim, ("embed", "mlp"), init=nn.initializers.zeros, name="linear")(vec)
+        vectors = Linear(self.count * self.dim, ("embed", "mlp"), kernel_init=nn.initializers.zeros, name="linear")(vec)
         return jnp.split(vectors[:, None], self.count, axis=-1)
 
 
