@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import random
 import shutil
 import statistics
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from record import write
 
-from vgjax import storage
+from vgjax import checkpoint, storage
 from vgjax.checkpoint import Checkpoints, digest
 
 

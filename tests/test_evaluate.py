@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,20 +48,19 @@ def test_the_nearest_clip_of_a_sample_is_found_in_latent_space(trained):
     sampler = sample.load(trained / "dit")
     source = Folder(trained / "data" / "val")
 
-    class Perfect:
+    class Perfect(sample.Sampler):
         """A model that remembers every clip: its samples are latents of the captioned clip."""
-
-        experiment, frozen = sampler.experiment, sampler.frozen
 
         def latents(self, captions, seed):
             data = sampler.experiment.config.data
             of = {caption: i for i, (_, caption) in enumerate(source.records)}
             clip = evaluate.Clip(data.frames, tuple(data.size), data.fps)
             clips = [source.load(of[caption], clip, None)[0] for caption in captions]
-            batch = {"video": np.stack(clips)}
+            batch = {"video": jnp.asarray(np.stack(clips))}
             return sampler.experiment.objective.prepare(sampler.frozen, batch)["x"]
 
-    table = evaluate.nearest(Perfect(), source, per_clip=1, windows=2)
+    perfect = Perfect(sampler.experiment, sampler.params, sampler.frozen, sampler.settings)
+    table = evaluate.nearest(perfect, source, per_clip=1, windows=2)
     assert table["right"] == table["of"] == len(source)
 
 
@@ -83,7 +83,7 @@ def test_latents_are_the_encoders_means(trained):
     vae = experiment.model("config.model", config.model, experiment.compute_dtype("float32"))
     source, made = Folder(trained / "data" / "train"), Latents(trained / "latents")
     clip, caption = source.load(3, evaluate.Clip(5, (16, 16), 8.0), None)
-    mean, _ = vae.apply({"params": frozen["vae"]}, clip[None].astype(np.float32) / 127.5 - 1, method="encode")
+    mean, _ = vae.apply({"params": frozen["vae"]}, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32), method="encode")
     latent, stored = made.load(3)
     np.testing.assert_allclose(latent, mean[0], atol=1e-5)
     assert stored == caption

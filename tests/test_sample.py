@@ -71,7 +71,7 @@ def test_other_lengths_and_sizes_are_sampled_too(sampler):
     "options,sentence",
     [
         (dict(frames=7), "nearest number of frames that works is 9"),
-        (dict(size=(18, 16)), "nearest height that works is 20"),
+        (dict(size=(18, 16)), "nearest height that works is 16"),
         (dict(size=(20, 16)), "does not divide into patches"),
         (dict(steps=0), "at least 1"),
         (dict(stepper="rk9"), "use one of euler, heun, midpoint"),
@@ -97,6 +97,16 @@ def test_a_checkpoint_may_be_named_by_workdir_folder_or_step(trained):
         for path in (trained / "dit", trained / "dit" / "checkpoints", trained / "dit" / "checkpoints" / "00000006")
     }
     assert len(digests) == 1
+
+
+def test_a_checkpoint_that_lacks_a_leaf_is_refused_by_name(trained, tmp_path):
+    tree, meta, _ = checkpoint.load(trained / "dit")
+    del tree["ema"]["velocity"]["model"]["velocity"]["bias"]
+    partial = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
+    partial.save(6, tree, meta, wait=True)
+    checkpoint.copy(trained / "dit" / "vae", tmp_path / "run" / "vae")
+    with pytest.raises(UserError, match="velocity/bias is missing"):
+        sample.load(tmp_path / "run")
 
 
 REFUSED = {

@@ -270,6 +270,11 @@ def _read(folder: Path, abstract: PyTree, partial: bool = False) -> PyTree:
     return tree
 
 
+def check_leaves(tree: PyTree, abstract: PyTree, path: str | os.PathLike) -> None:
+    """UserError naming the leaves of `tree`, read from `path`, that are not exactly those of `abstract`."""
+    _compare(_leaves(tree), _leaves(abstract), Path(path))
+
+
 def _compare(stored: dict[str, str], wanted: dict[str, str], folder: Path) -> None:
     faults = [
         f"{path} is {stored.get(path, 'missing')} in the checkpoint and {wanted.get(path, 'missing')} in this run"

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, optim
+from vgjax import checkpoint, optim, sharding
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError
@@ -168,8 +168,13 @@ def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
     tree, meta, _ = checkpoint.load(path, items=("ema",))
     if "stats" not in meta:
         raise UserError(f"{path} holds no VAE with latent statistics: give the workdir of a finished VAE training")
+    config = ConfigDict(meta["config"])
+    clip = jnp.zeros((1, config.data.frames, *config.data.size, 3))
+    vae = model("config.model", config.model, jnp.float32)
+    wanted = jax.eval_shape(lambda: sharding.unboxed(vae.init(jax.random.key(0), clip)["params"]))
+    checkpoint.check_leaves(tree["ema"]["vae"], wanted, path)
     stats = causal_vae.LatentStats(*(jnp.asarray(row, jnp.float32) for row in meta["stats"]))
-    return ConfigDict(meta["config"]), {"vae": tree["ema"]["vae"], "stats": stats}
+    return config, {"vae": tree["ema"]["vae"], "stats": stats}
 
 
 def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:

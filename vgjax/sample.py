@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, experiment, program, video
+from vgjax import checkpoint, experiment, program, sharding, video
 from vgjax.errors import UserError, door
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import sample_keys
@@ -147,7 +147,17 @@ def load(path: str | Path, weights: str = "ema") -> Sampler:
         )
     of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
     built = experiment.build(config, of_vae)
+    checkpoint.check_leaves(tree[weights], _wanted(built), path)
     return Sampler(built, tree[weights], frozen, settings_of(config))
+
+
+def _wanted(built: experiment.Experiment) -> PyTree:
+    """The abstract parameters of a flow."""
+    data, objective = built.config.data, built.objective
+    text, mask = built.tokenizer("")
+    x = jnp.zeros((1, *built.vae.latent_shape(data.frames, *data.size)))
+    batch = {"x": x, "text": jnp.asarray(text)[None], "mask": jnp.asarray(mask)[None]}
+    return jax.eval_shape(lambda: sharding.unboxed(objective.init(jax.random.key(0), batch)))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -14,7 +14,7 @@ class Straight:
     """`x_t = (1-t) noise + t data`, velocity `data - noise`."""
 
     def mix(
-        self, noise: Float[Array, "b ..."], data: Float[Array, "b ..."], t: Float[Array, "b"]
+        self, noise: Float[Array, "b ..."], data: Float[Array, "b ..."], t: Float[Array, " b"]
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """(x_t, velocity), fp32."""
         t = jnp.expand_dims(t, tuple(range(1, data.ndim)))
@@ -38,6 +38,6 @@ def precondition(network: Velocity) -> Velocity:
     return v
 
 
-def sample_keys(key: Key, index: UInt[Array, "b"]) -> Key:
+def sample_keys(key: Key, index: UInt[Array, " b"]) -> Key:
     """One key a sample, from the global sample index alone: the same on any number of devices or micro-batches."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

@@ -57,7 +57,7 @@ STEPPERS = {"euler": Euler, "heun": Heun, "midpoint": Midpoint}
 
 
 def integrate(
-    stepper: Euler | Heun | Midpoint, v: Velocity, x: Float[Array, "b ..."], times: Float[Array, "k"]
+    stepper: Euler | Heun | Midpoint, v: Velocity, x: Float[Array, "b ..."], times: Float[Array, " k"]
 ) -> Float[Array, "b ..."]:
     """Follows `v` from `x` at `times[0]` to `times[-1]`; the state is fp32 whatever the model computes in."""
 

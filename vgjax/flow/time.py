@@ -18,10 +18,10 @@ from vgjax.typing import Array, Float, Key
 class Uniform:
     """Every t equally often."""
 
-    def sample(self, keys: Key) -> Float[Array, "b"]:
+    def sample(self, keys: Key) -> Float[Array, " b"]:
         return jax.vmap(jax.random.uniform)(keys)
 
-    def density(self, t: Float[Array, "n"]) -> Float[Array, "n"]:
+    def density(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
         return jnp.ones_like(t)
 
 
@@ -36,10 +36,10 @@ class LogitNormal:
         if self.scale <= 0:
             raise UserError(f"time.scale={self.scale} must be positive")
 
-    def sample(self, keys: Key) -> Float[Array, "b"]:
+    def sample(self, keys: Key) -> Float[Array, " b"]:
         return jax.nn.sigmoid(self.loc + self.scale * jax.vmap(jax.random.normal)(keys))
 
-    def density(self, t: Float[Array, "n"]) -> Float[Array, "n"]:
+    def density(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
         z = (jnp.log(t) - jnp.log1p(-t) - self.loc) / self.scale
         return jnp.exp(-0.5 * z**2) / (self.scale * math.sqrt(2 * math.pi) * t * (1 - t))
 
@@ -58,10 +58,10 @@ class Mode:
         # Their f counts towards noise, ours towards data: t = 1 - f(u).
         return u + self.scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
 
-    def sample(self, keys: Key) -> Float[Array, "b"]:
+    def sample(self, keys: Key) -> Float[Array, " b"]:
         return jnp.clip(self._t(jax.vmap(jax.random.uniform)(keys)), 0.0, 1.0)
 
-    def density(self, t: Float[Array, "n"]) -> Float[Array, "n"]:
+    def density(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
         u = jnp.linspace(0.0, 1.0, 4097)
         slope = 1 + self.scale * (1 - jnp.pi / 2 * jnp.sin(jnp.pi * u))
         return 1.0 / jnp.interp(t, self._t(u), slope)
@@ -93,7 +93,7 @@ class Shift:
         s = self.at(tokens)
         return t / (s - (s - 1.0) * t)
 
-    def density(self, law: Uniform | LogitNormal | Mode, t: Float[Array, "n"], tokens: int = 1) -> Float[Array, "n"]:
+    def density(self, law: Uniform | LogitNormal | Mode, t: Float[Array, " n"], tokens: int = 1) -> Float[Array, " n"]:
         """Density of the shifted law: its inverse is the shift by 1/s."""
         s = self.at(tokens)
         unshifted = s * t / (1.0 + (s - 1.0) * t)

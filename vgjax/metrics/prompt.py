@@ -177,7 +177,7 @@ def _motion(time: np.ndarray, y: np.ndarray, x: np.ndarray, size: np.ndarray) ->
     return ("up" if dy < 0 else "down") if abs(dy) > abs(dx) else ("left" if dx < 0 else "right")
 
 
-def _slopes(time: Float[np.ndarray, "t"], values: Float[np.ndarray, "t k"]) -> tuple[np.ndarray, np.ndarray]:
+def _slopes(time: Float[np.ndarray, " t"], values: Float[np.ndarray, "t k"]) -> tuple[np.ndarray, np.ndarray]:
     """Least-squares slope and rms residual of each column over time."""
     line = np.stack([time, np.ones_like(time)], axis=1)
     fit = np.linalg.lstsq(line, values, rcond=None)[0]

@@ -67,7 +67,7 @@ class FlowObjective:
             metrics[f"loss/t{i}"] = pair(errors, (which == i).astype(jnp.float32))
         return jnp.mean(errors), metrics
 
-    def errors(self, params: Params, batch: PyTree, t: Float[Array, "b"], keys: Key) -> Float[Array, "b"]:
+    def errors(self, params: Params, batch: PyTree, t: Float[Array, " b"], keys: Key) -> Float[Array, " b"]:
         """Squared velocity error of each sample at its time `t`, with noise from its key."""
         x = batch["x"]
         noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
