@@ -50,7 +50,7 @@ def muon(
     """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW at `adam` times the rate for everything else.
 
     Updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable", section 2.2), so that rates carry
-    over. On the small models here it needs about half the samples of AdamW, for a quarter more time a step.
+    over.
     """
     return optax_muon(
         rate,
