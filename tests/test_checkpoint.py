@@ -324,20 +324,6 @@ def test_workdir_is_found_from_everything_that_load_accepts(tmp_path):
     assert checkpoint.workdir_of(tmp_path / "elsewhere" / "00000002") == tmp_path / "elsewhere" / "00000002"
 
 
-def test_a_copied_checkpoint_stands_alone_and_replaces_what_was_there(copy, tmp_path):
-    checkpoint.copy(copy / "00000001", tmp_path / "to")
-    checkpoint.copy(copy, tmp_path / "to")
-    (copy / "00000002" / checkpoint.META).write_text("{}")
-    checkpoint.copy(copy, tmp_path / "to")  # step 2 of the source is damaged by now: its step 1 is the newest
-    assert load(tmp_path / "to", "ema")[2] == 1
-    shutil.rmtree(copy)
-    tree, meta, step = load(tmp_path / "to", "ema")
-    assert digest(tree) == digest(state(1).ema) and meta["config"] == META["config"]
-    inode = (tmp_path / "to" / checkpoint.SUBDIR / "00000001").stat().st_ino
-    checkpoint.copy(tmp_path / "to", tmp_path / "to")
-    assert (tmp_path / "to" / checkpoint.SUBDIR / "00000001").stat().st_ino == inode
-
-
 def test_load_of_a_damaged_newest_step_takes_the_older_one_and_moves_nothing(copy, capsys):
     (copy / "00000002" / checkpoint.META).write_text("{}")
     assert load(copy, "ema")[2] == 1

@@ -1,6 +1,7 @@
 """Sampling from a checkpoint that describes itself."""
 
 import json
+import shutil
 
 import av
 import numpy as np
@@ -104,7 +105,7 @@ def test_a_checkpoint_that_lacks_a_leaf_is_refused_by_name(trained, tmp_path):
     del tree["ema"]["velocity"]["model"]["velocity"]["bias"]
     partial = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
     partial.save(6, tree, meta, wait=True)
-    checkpoint.copy(trained / "dit" / "vae", tmp_path / "run" / "vae")
+    shutil.copytree(trained / "dit" / "vae", tmp_path / "run" / "vae")
     with pytest.raises(UserError, match="velocity/bias is missing"):
         sample.load(tmp_path / "run")
 

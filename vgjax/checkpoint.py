@@ -186,19 +186,6 @@ def load(path: str | os.PathLike, items: str | Sequence[str] | None = None) -> t
     return (tree[items] if isinstance(items, str) else tree), meta, meta["step"]
 
 
-def copy(path: str | os.PathLike, to: str | os.PathLike) -> None:
-    """Makes the newest undamaged step at `path` the only one of the workdir `to`, which then needs `path` no more."""
-    source = _find(Path(path).absolute())
-    final = Path(to).absolute() / SUBDIR / f"{json.loads((source / META).read_text())['step']:08d}"
-    if final.is_dir() and sealed(final) == sealed(source) and not verify(final):
-        return
-    part = final.with_name(final.name + UNFINISHED)
-    with writing(part):
-        shutil.rmtree(final.parent, ignore_errors=True)
-        shutil.copytree(source, part)
-        part.rename(final)
-
-
 def workdir_of(path: str | os.PathLike) -> Path:
     """The training workdir of what `load` accepts: a workdir, its checkpoint directory or one step."""
     path = Path(path).absolute()
