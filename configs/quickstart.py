@@ -58,7 +58,15 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.latents = "{workdir}/../latents"
         config.data.drop_caption = 0.1
         config.optim = dict(
-            kind="muon", lr=4e-3, schedule="cosine", warmup=50, final=0.0, clip=1.0, ema=0.99, accumulate=1
+            kind="muon",
+            lr=4e-3,
+            iterations=3,
+            schedule="cosine",
+            warmup=50,
+            final=0.0,
+            clip=1.0,
+            ema=0.99,
+            accumulate=1,
         )
         config.train = dict(
             steps=3600,

@@ -18,9 +18,9 @@ def get_config(arg: str = "dit") -> ConfigDict:
         kind="shapes",
         world="full",
         path="{workdir}/../data",
-        count=12000,
+        count=20000,
         held_out=128,
-        frames=17,
+        frames=9,
         size=(32, 32),
         fps=8.0,
         workers=0,
@@ -34,10 +34,10 @@ def get_config(arg: str = "dit") -> ConfigDict:
             kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
         )
         config.train = dict(
-            steps=6000,
+            steps=5000,
             batch=4,
             log_every=50,
-            image_every=2000,
+            image_every=2500,
             evaluate_every=0,
             save_every=500,
             keep_last=3,
@@ -51,19 +51,27 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.tokenizer = dict(kind="words", length=20)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
         config.time = dict(kind="uniform")
-        config.shift = dict(factor=3.0)
+        config.shift = dict(factor=2.0)
         config.vae = "{workdir}/../vae"
         config.latents = "{workdir}/../latents"
         config.data.drop_caption = 0.1
         config.optim = dict(
-            kind="muon", lr=4e-3, schedule="cosine", warmup=100, final=0.0, clip=1.0, ema=0.995, accumulate=1
+            kind="muon",
+            lr=4e-3,
+            iterations=3,
+            schedule="cosine",
+            warmup=100,
+            final=0.0,
+            clip=1.0,
+            ema=0.999,
+            accumulate=1,
         )
         config.train = dict(
-            steps=16000,
+            steps=24000,
             batch=16,
             log_every=50,
-            image_every=2000,
-            evaluate_every=2000,
+            image_every=4000,
+            evaluate_every=4000,
             save_every=500,
             keep_last=3,
             keep_every=0,

@@ -10,6 +10,7 @@ CONFIG=${VGJAX_CONFIG:-configs/quickstart.py}
 BEGAN=$SECONDS
 source launch/environment.sh
 install "$(accelerator)"
+[ -n "$(accelerator)" ] || keep_memory
 
 # A stop by the scheduler (exit code 75: all is saved) ends the script with the same code: start it again to continue.
 run() { echo "+ python -m $*"; python -m "$@"; }

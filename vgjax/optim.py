@@ -46,6 +46,7 @@ def muon(
     weight_decay: float = 0.0,
     momentum: float = 0.95,
     adam: float = 0.4,
+    iterations: int = 5,
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW at `adam` times the rate for everything else.
 
@@ -54,6 +55,7 @@ def muon(
     """
     return optax_muon(
         rate,
+        ns_steps=iterations,
         beta=momentum,
         eps=eps,
         weight_decay=weight_decay,
