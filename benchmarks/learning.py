@@ -3,9 +3,9 @@
     python benchmarks/learning.py runs/quickstart [steps]
 
 After a quickstart its MM-DiT learns again on the same latents, for fewer steps (default 1000), once as configured and
-once with each choice undone: words as bytes, the preconditioned velocity as the plain one. Held-out
-velocity loss by timestep bin, and how many held-out prompts come out with the right colour and motion: a model that stays
-on the plateau where only colour is right has motion near chance, 25 %. Writes benchmarks/results/learning.json.
+once with each choice undone: words as bytes, the preconditioned velocity as the plain one. Held-out velocity loss by
+timestep bin, and how many held-out prompts come out with the right colour and motion: a model that stays on the plateau
+where only colour is right has motion near chance, 25 %. Writes benchmarks/results/learning.json.
 """
 
 import json
@@ -27,7 +27,9 @@ def main() -> None:
     source = Path(sys.argv[1]).absolute()
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     with tempfile.TemporaryDirectory() as folder:
-        rows = [learn(name, flags, source, Path(folder) / str(i), steps) for i, (name, flags) in enumerate(CHOICES.items())]
+        rows = [
+            learn(name, flags, source, Path(folder) / str(i), steps) for i, (name, flags) in enumerate(CHOICES.items())
+        ]
     write("learning", {"steps": steps, "rows": rows})
 
 

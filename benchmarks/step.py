@@ -2,10 +2,10 @@
 
     python benchmarks/step.py
 
-Each form runs in a process of its own, in turns, so that the ratios survive a noisy machine; the median step of the best
-of `ROUNDS` counts. `glibc` is the allocator's default, `kept` what `launch/environment.sh` sets (`keep_memory`); 5
-iterations are Muon's default, 3 the quickstart's. Writes benchmarks/results/step_cpu.json: milliseconds and page faults a
-step.
+Each form runs in a process of its own, in turns, so that the ratios survive a noisy machine; the median step of the
+best of `ROUNDS` counts. `glibc` is the allocator's default, `kept` what `launch/environment.sh` sets (`keep_memory`); 5
+iterations are Muon's default, 3 the quickstart's. Writes benchmarks/results/step_cpu.json: milliseconds and page faults
+a step.
 """
 
 import json

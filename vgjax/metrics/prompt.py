@@ -57,9 +57,7 @@ def score(video: UInt8[np.ndarray, "t h w c"], request: Request, world: World) -
     return right | {"all": all(right.values())}
 
 
-def accuracy(
-    videos: Iterable[UInt8[np.ndarray, "t h w c"]], captions: Sequence[str], world: World
-) -> dict[str, float]:
+def accuracy(videos: Iterable[UInt8[np.ndarray, "t h w c"]], captions: Sequence[str], world: World) -> dict[str, float]:
     """The share of clips that are right, by attribute; UserError where a caption can't be read."""
     if not captions:
         raise UserError("prompt accuracy needs at least one caption")
