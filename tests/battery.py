@@ -31,11 +31,14 @@ def every_leaf_has_names(params: PyTree) -> None:
 
 def perturbed(model, *inputs, std: float = 0.2) -> PyTree:
     """Parameters away from their zero initialisations, as training leaves them: normal, scales around 1."""
+    return perturbed_like(unboxed(shapes(model, *inputs)[0]), std)
+
+
+def perturbed_like(abstract: PyTree, std: float = 0.2) -> PyTree:
     generator = np.random.default_rng(1)
-    abstract = traverse_util.flatten_dict(unboxed(shapes(model, *inputs)[0]))
     values = {
         path: jnp.asarray((path[-1] == "scale") + std * generator.standard_normal(leaf.shape), leaf.dtype)
-        for path, leaf in abstract.items()
+        for path, leaf in traverse_util.flatten_dict(abstract).items()
     }
     return traverse_util.unflatten_dict(values)
 
@@ -67,3 +70,10 @@ def bf16_is_near_fp32(model, params: PyTree, *inputs, distance: float = 0.05) ->
     for a, b in zip(single, half, strict=True):
         error = jnp.linalg.norm(a - b.astype(jnp.float32)) / jnp.linalg.norm(a)
         assert 0 < error < distance, f"bf16 is {float(error):.3f} away from fp32"
+
+
+def value_and_gradients(attention, q, k, v) -> tuple[jax.Array, ...]:
+    """(o, dq, dk, dv) of an attention under one random cotangent."""
+    target = jax.random.normal(jax.random.key(9), q.shape)
+    o, back = jax.vjp(attention, q, k, v)
+    return o, *back(target)

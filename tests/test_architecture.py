@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "typing": set(),
     "sharding": {"typing"},
-    "layouts": {"errors"},
+    "layouts": {"errors", "attention"},
     "nn": GROUND,
     "attention": GROUND,
     "models": GROUND | {"nn", "attention"},

@@ -29,8 +29,51 @@ def test_bad_layouts_are_refused_in_words():
         layouts.find("dp", 9)
     with pytest.raises(UserError, match="use one of"):
         layouts.find("3d")
-    with pytest.raises(UserError, match="does not fit 8 devices"):
-        layouts.Layout(data=3, fsdp=-1).mesh(jax.devices())
+    with pytest.raises(UserError, match="tensor=3 does not divide the 8 devices left to it: the nearest .* 2 and 4"):
+        layouts.find("fsdp_tp", tensor=3)
+    with pytest.raises(UserError, match="sequence=8 does not divide the 4 devices left to it: .* 2 and 4"):
+        layouts.find("usp", tensor=2, sequence=8)
+    with pytest.raises(UserError, match="data=3: the other axes leave 8 devices"):
+        layouts.find("dp", data=3)
+
+
+def test_axes_take_what_the_devices_give_or_what_is_asked():
+    sizes = {kind: tuple(layouts.LAYOUTS[kind].shape(8).values()) for kind in layouts.LAYOUTS}
+    assert sizes == {
+        "dp": (8, 1, 1, 1),
+        "fsdp": (1, 8, 1, 1),
+        "hsdp": (2, 4, 1, 1),
+        "tp": (1, 1, 1, 8),
+        "fsdp_tp": (1, 2, 1, 4),
+        "ulysses": (1, 1, 8, 1),
+        "ring": (1, 1, 8, 1),
+        "usp": (1, 1, 2, 4),
+    }
+    assert layouts.LAYOUTS["usp"].shape(6) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 2} | {"fsdp": 3}
+    assert layouts.LAYOUTS["ulysses"].shape(64, sequence=4)["fsdp"] == 16
+
+
+def test_every_slice_is_a_replica():
+    for kind, layout in layouts.LAYOUTS.items():
+        one, four = layout.shape(64), layout.shape(256, slices=4)
+        assert four == one | {"data": 4 * one["data"]}, kind
+    assert layouts.LAYOUTS["fsdp"].shape(32, slices=2, data=4)["fsdp"] == 8
+    with pytest.raises(UserError, match="data=3"):
+        layouts.LAYOUTS["fsdp"].shape(32, slices=2, data=3)
+
+
+def test_the_first_rule_wins_and_a_later_one_fills_what_it_left():
+    layout, mesh = layouts.find("fsdp_tp", 8)
+    assert layout.spec(("mlp", "embed"), (64, 64), mesh) == PartitionSpec("tensor", "fsdp")
+    assert layout.spec((None, "embed", "heads", "head_dim"), (3, 64, 6, 8), mesh) == PartitionSpec(
+        None, "fsdp", None, None
+    )
+    assert layout.spec(("mlp", "embed"), (6, 3), mesh) == PartitionSpec("fsdp", None)
+    assert layout.axes("heads", mesh) == ("tensor",) and layout.axes("tokens", mesh) == ()
+    layout, mesh = layouts.find("usp", 8)
+    assert layout.spec(("batch", "tokens", None), (3, 8, 5), mesh) == PartitionSpec(None, ("sequence", "tensor"), None)
+    assert layout.spec(("batch", "tokens", None), (3, 6, 5), mesh) == PartitionSpec(None, "sequence", None)
+    assert layout.axes("tokens", mesh) == ("sequence", "tensor")
 
 
 def test_shard_is_the_identity_without_a_layout_and_constrains_with_one():

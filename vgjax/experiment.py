@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, optim, sharding
+from vgjax import checkpoint, layouts, optim, sharding
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError
@@ -77,13 +77,13 @@ def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any] | Co
     return table[kind], rest
 
 
-def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any) -> Any:
+def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any, **given: Any) -> Any:
     """A module from its SIZES row and overrides."""
     (module, sizes), rest = choose(where, MODELS, section)
     size = rest.pop("size", None)
     if size is not None and size not in sizes:
         raise UserError(f"{where}.size={size!r} is unknown: use one of {', '.join(sizes)}")
-    return call(where, module, {**(sizes[size] if size else {}), **rest}, dtype=dtype)
+    return call(where, module, {**(sizes[size] if size else {}), **rest}, dtype=dtype, **given)
 
 
 def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
@@ -99,7 +99,8 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     frozen = model("config.model", vae.model, dtype)
     encoder = call("config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
-    velocity = model("config.model", {**of_model, **config.model}, dtype)
+    attention = layouts.named(config.layout.kind).attention()
+    velocity = model("config.model", {**of_model, **config.model}, dtype, attention=attention)
     law, law_rest = choose("config.time", TIMES, config.time)
     objective = call(
         "config.objective",

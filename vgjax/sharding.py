@@ -7,7 +7,8 @@ models run unchanged on one device, in a notebook or in a test.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +73,32 @@ def shard(x: Array, *names: str | None) -> Array:
     layout, mesh = active
     assert len(names) == x.ndim, f"{len(names)} names {names} for shape {x.shape}"
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout.spec(names, x.shape, mesh)))
+
+
+def axes(name: str) -> tuple[str, ...]:
+    """The mesh axes over which the active layout spreads a dim of this name; none with no layout active."""
+    active = _active.get()
+    return () if active is None else active[0].axes(name, active[1])
+
+
+def degree(name: str) -> int:
+    """Over how many devices the active layout spreads a dim of this name."""
+    return math.prod(_active.get()[1].shape[axis] for axis in axes(name))
+
+
+def local(function: Callable[..., PyTree], names: Sequence[tuple[str | None, ...]], *arrays: Array) -> Array:
+    """`function` on each device's part of the arrays, whose result is split like the first of them.
+
+    One tuple of logical names an array; what has no name, or does not divide, is whole on every device. Inside, the
+    axes of the mesh are there for collectives. With no layout active this is a plain call.
+    """
+    active = _active.get()
+    if active is None:
+        return function(*arrays)
+    layout, mesh = active
+    specs = tuple(layout.spec(dims, x.shape, mesh) for dims, x in zip(names, arrays, strict=True))
+    # The check would want every constant of a loop's carry to say over which axes it varies.
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def platform() -> str:

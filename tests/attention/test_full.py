@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import value_and_gradients
 from einops import rearrange
 
 from vgjax.attention import full
@@ -42,12 +43,6 @@ def naive(q, k, v, segments):
     weights = jnp.exp(jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5) * seen
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.einsum("bhnm,bmhk->bnhk", weights / jnp.where(total == 0, 1, total), v)
-
-
-def value_and_gradients(attention, q, k, v):
-    target = jax.random.normal(jax.random.key(9), q.shape)
-    o, back = jax.vjp(attention, q, k, v)
-    return o, *back(target)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 The forms give the same numbers; `Full.__call__` is the one place that chooses. Softmax is computed in fp32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from einops import rearrange, repeat
 
 from vgjax.attention.segments import Segments, allowed
 from vgjax.sharding import platform
-from vgjax.typing import Array, Bool, Float
+from vgjax.typing import Array, Bool, Float, PyTree
 
 # CPU, measured by benchmarks/attention.py: below this many scores a head the batched form is as fast, above it
 # the batched matmuls of XLA fall out of cache and one head at a time wins (2-4x at 2048 tokens).
@@ -54,17 +55,27 @@ def _batched(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
 
 def _by_chunks(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
     """`chunk` queries of all heads at a time; the backward pass recomputes their scores."""
+    return _chunked(_batched, q, k, v, segments, chunk)
+
+
+def _chunked(
+    function: Callable[..., PyTree], q: Array, k: Array, v: Array, segments: Segments | None, chunk: int
+) -> PyTree:
+    """`function(q, k, v, segments)` of `chunk` queries at a time; its results begin with `b h n`."""
     n = q.shape[2]
     count = -(-n // chunk)
-    q = rearrange(_pad(q, 2, count), "b h (c n) k -> c b h n k", c=count)
-    ids = None if segments is None else rearrange(_pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
+    q = rearrange(pad(q, 2, count), "b h (c n) k -> c b h n k", c=count)
+    ids = None if segments is None else rearrange(pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
 
     @jax.checkpoint
-    def one(part: tuple[Array, Array | None]) -> Array:
-        return _batched(part[0], k, v, None if segments is None else Segments(part[1], segments.kv))
+    def one(part: tuple[Array, Array | None]) -> PyTree:
+        return function(part[0], k, v, None if segments is None else Segments(part[1], segments.kv))
 
-    o = one((q[0], ids if ids is None else ids[0]))[None] if count == 1 else jax.lax.map(one, (q, ids))
-    return rearrange(o, "c b h n k -> b h (c n) k")[:, :, :n]
+    if count > 1:
+        o = jax.lax.map(one, (q, ids))
+    else:
+        o = jax.tree.map(lambda x: x[None], one((q[0], None if ids is None else ids[0])))
+    return jax.tree.map(lambda x: rearrange(x, "c b h n ... -> b h (c n) ...")[:, :, :n], o)
 
 
 def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
@@ -81,19 +92,43 @@ def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: in
     return rearrange(jax.lax.map(one, (*qkv, ids)), "(b h) n k -> b h n k", h=heads)
 
 
+def with_lse(
+    q: Float[Array, "b h n k"],
+    k: Float[Array, "b h m k"],
+    v: Float[Array, "b h m k"],
+    segments: Segments | None,
+    chunk: int = 512,
+) -> tuple[Float[Array, "b h n k"], Float[Array, "b h n"]]:
+    """Attention and the log of its sum of exponentials, both fp32, so that more keys can be merged in.
+
+    A query without keys has an output of 0 and a log-sum-exp of -1e20. `chunk` queries at a time; the backward pass
+    recomputes their scores.
+    """
+
+    def one(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, Array]:
+        weights, total, top = _weigh(q, k, None if segments is None else allowed(segments)[:, None])
+        o = jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return o / total, (top + jnp.log(total))[..., 0]
+
+    return _chunked(one, q, k, v, segments, chunk)
+
+
 def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "..."] | None) -> Array:
     """Softmax attention over the last two dims of `... n k`; `mask` broadcasts to `... n m`."""
+    weights, total, _ = _weigh(q, k, mask)
+    return jnp.einsum("...nm,...mk->...nk", (weights / total).astype(v.dtype), v)
+
+
+def _weigh(q: Array, k: Array, mask: Bool[Array, "..."] | None) -> tuple[Array, Array, Array]:
+    """(weights, their sum, the score that weighs 1) of each query, fp32."""
     scores = jnp.einsum("...nk,...mk->...nm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    if mask is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-        return jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v)
-    scores = jnp.where(mask, scores, -1e30)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -1e30)
     # The floor makes a row without keys underflow to exact zeros, and its sum is then held away from 0: no NaN, and
     # no gradient. A row with keys has a sum of at least 1.
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e20)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(top))
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5)
-    return jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e20))
+    weights = jnp.exp(scores - top)
+    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5), top
 
 
 def _cudnn_takes(q: Array, k: Array, segments: Segments | None) -> bool:
@@ -106,13 +141,13 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
     if segments is None:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     n = q.shape[1]
-    q, k, v = (_pad(a, 1, 2) for a in (q, k, v))
-    mask = allowed(Segments(*(_pad(a, 1, 2) for a in segments)))
+    q, k, v = (pad(a, 1, 2) for a in (q, k, v))
+    mask = allowed(Segments(*(pad(a, 1, 2) for a in segments)))
     o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], o, 0)[:, :n]
 
 
-def _pad(x: Array, dim: int, multiple: int) -> Array:
+def pad(x: Array, dim: int, multiple: int) -> Array:
     """Zeros at the end of `dim`, up to a length that `multiple` divides."""
     extra = -x.shape[dim] % multiple
     return jnp.pad(x, [(0, extra if i == dim else 0) for i in range(x.ndim)]) if extra else x

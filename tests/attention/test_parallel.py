@@ -1,0 +1,84 @@
+"""Attention spread over eight devices equals attention on one, in value and gradient, whatever divides and not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import value_and_gradients
+from jax.sharding import NamedSharding
+
+from vgjax import layouts, sharding
+from vgjax.attention.full import Full
+from vgjax.attention.parallel import Parallel
+from vgjax.attention.segments import Segments
+
+K = 8
+CASES = {  # b, n, m, heads, segments
+    "all divide": (4, 32, 32, 8, False),
+    "nothing divides": (3, 21, 13, 3, False),
+    "padded and packed": (2, 19, 19, 6, True),
+}
+MESHES = {kind: {} for kind in layouts.LAYOUTS} | {
+    "ulysses of four": {"sequence": 4},
+    "ring of four": {"sequence": 4},
+    "usp of two rings": {"sequence": 4, "tensor": 2},
+}
+
+
+def inputs(b, n, m, heads, packed):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (2 * jax.random.normal(key, (b, size, heads, K)) for key, size in zip(keys, (n, m, m), strict=True))
+    if not packed:
+        return q, k, v, None
+    # The second sample has no key of id 2, so that some of its queries see nothing.
+    ids = np.stack([np.arange(n) * 4 // n, np.where(np.arange(n) < n // 2, 1, 0)]).astype(np.int32)
+    return q, k, v, Segments(jnp.asarray(np.maximum(ids, [[0], [2]]) - [[0], [0]]), jnp.asarray(ids))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", MESHES)
+def test_every_layout_gives_the_attention_of_one_device(name, case):
+    q, k, v, segments = inputs(*CASES[case])
+    seen = segments or Segments(jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32))
+
+    def reference(q, k, v):
+        weights = jnp.exp(jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5)
+        weights = weights * ((seen.q[:, None, :, None] == seen.kv[:, None, None, :]) & (seen.kv > 0)[:, None, None, :])
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.einsum("bhnm,bmhk->bnhk", weights / jnp.where(total == 0, 1, total), v)
+
+    kind = name.split()[0]
+    layout, mesh = layouts.find(kind, 8, **MESHES[name])
+    expected = value_and_gradients(reference, q, k, v)
+    with sharding.use(layout, mesh):
+        attention = jax.jit(lambda q, k, v: layout.attention()(q, k, v, segments))
+        for ours, theirs in zip(value_and_gradients(attention, q, k, v), expected, strict=True):
+            assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+
+
+def test_without_a_layout_the_wrapper_is_what_it_wraps():
+    q, k, v, segments = inputs(*CASES["padded and packed"])
+    np.testing.assert_array_equal(Parallel(Full())(q, k, v, segments), Full()(q, k, v, segments))
+
+
+# A ring sends keys and values, in a loop; USP does both, Ulysses over its neighbours.
+COLLECTIVES = {
+    "dp": {},
+    "tp": {},
+    "ulysses": {"all-to-all": 4},
+    "ring": {"collective-permute": 2},
+    "usp": {"all-to-all": 4, "collective-permute": 2},
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_tokens_travel_by_the_collectives_they_should(kind):
+    q, k, v, _ = inputs(8, 32, 32, 8, False)
+    layout, mesh = layouts.find(kind, 8)
+    spec = layout.spec(("batch", "tokens", "heads", None), q.shape, mesh)
+    abstract = jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=NamedSharding(mesh, spec))
+    with sharding.use(layout, mesh):
+        text = jax.jit(layout.attention()).lower(abstract, abstract, abstract).compile().as_text()
+    names = ("all-to-all", "collective-permute", "all-gather", "all-reduce", "reduce-scatter")
+    found = {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}
+    assert {name: count for name, count in found.items() if count} == COLLECTIVES[kind]
