@@ -69,7 +69,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
             accumulate=1,
         )
         config.train = dict(
-            steps=3600,
+            steps=4000,
             batch=16,
             log_every=20,
             image_every=1200,

@@ -7,6 +7,7 @@ The checkpoint describes itself (config, VAE, tokenizer), so no config is needed
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, experiment, program, sharding, video
+from vgjax import checkpoint, experiment, layouts, program, sharding, video
 from vgjax.errors import UserError, door
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import sample_keys
@@ -53,22 +54,27 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """A trained model ready to sample: call it with captions."""
+    """A trained model ready to sample: call it with captions. `where` is the (layout, mesh) its parameters lie on."""
 
     experiment: experiment.Experiment
     params: Params
     frozen: PyTree
     settings: Settings
+    where: tuple[Any, Any] | None = None
 
     def __call__(self, captions: Sequence[str], **options: Any) -> UInt8[np.ndarray, "n t h w 3"]:
         """Videos of `captions`; options as `latents` takes them."""
         vae, stats = self.experiment.vae, self.frozen["stats"]
         latents = self.latents(captions, **options)
-        decoded = [
-            np.asarray(_decode(vae, self.frozen["vae"], stats, latents[i : i + self.settings.batch]))
-            for i in range(0, len(latents), self.settings.batch)
-        ]
+        with self._here():
+            decoded = [
+                np.asarray(_decode(vae, self.frozen["vae"], stats, latents[i : i + self.settings.batch]))
+                for i in range(0, len(latents), self.settings.batch)
+            ]
         return np.concatenate(decoded)
+
+    def _here(self) -> contextlib.AbstractContextManager:
+        return sharding.use(*self.where) if self.where else contextlib.nullcontext()
 
     def latents(
         self,
@@ -100,7 +106,8 @@ class Sampler:
             texts = [self.experiment.tokenizer(text) for text in padded + [negative] * (use.batch if guided else 0)]
             text, mask = (np.stack(part) for part in zip(*texts, strict=True))
             key = jax.random.key(seed)
-            z = _integrate(self.experiment.objective, use, shape, self.params, text, mask, index, key)
+            with self._here():
+                z = _integrate(self.experiment.objective, use, shape, self.params, text, mask, index, key)
             out.append(z[: len(some)])
         return jnp.concatenate(out)
 
@@ -135,8 +142,11 @@ def settings_of(config: ConfigDict) -> Settings:
     return experiment.call("config.sample", Settings, {"shift": config.shift.factor, **config.sample})
 
 
-def load(path: str | Path, weights: str = "ema") -> Sampler:
-    """A Sampler from a training workdir, its checkpoints or one step; `weights` is `ema` or `params`."""
+def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int = 0) -> Sampler:
+    """A Sampler from a training workdir, its checkpoints or one step; `weights` is `ema` or `params`.
+
+    It samples on one device, or on the first `devices` (0: all) by the `layout` of this name.
+    """
     if weights not in ("ema", "params"):
         raise UserError(f"weights={weights!r} is unknown: use ema or params")
     tree, meta, _ = checkpoint.load(path, items=(weights,))
@@ -146,18 +156,24 @@ def load(path: str | Path, weights: str = "ema") -> Sampler:
             f"{path} holds a {config.objective.kind}, not a text-to-video model: give the workdir of a flow"
         )
     of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
+    config.layout.kind = layout or config.layout.kind
     built = experiment.build(config, of_vae)
-    checkpoint.check_leaves(tree[weights], _wanted(built), path)
-    return Sampler(built, tree[weights], frozen, settings_of(config))
+    wanted = _wanted(built)
+    checkpoint.check_leaves(tree[weights], sharding.unboxed(wanted), path)
+    if not layout:
+        return Sampler(built, tree[weights], frozen, settings_of(config))
+    where = layouts.find(layout, devices)
+    params = jax.device_put(tree[weights], sharding.shardings(wanted, *where))
+    return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where)
 
 
 def _wanted(built: experiment.Experiment) -> PyTree:
-    """The abstract parameters of a flow."""
+    """The abstract parameters of a flow, boxed."""
     data, objective = built.config.data, built.objective
     text, mask = built.tokenizer("")
     x = jnp.zeros((1, *built.vae.latent_shape(data.frames, *data.size)))
     batch = {"x": x, "text": jnp.asarray(text)[None], "mask": jnp.asarray(mask)[None]}
-    return jax.eval_shape(lambda: sharding.unboxed(objective.init(jax.random.key(0), batch)))
+    return jax.eval_shape(lambda: objective.init(jax.random.key(0), batch))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -179,6 +195,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="1 + a multiple of the VAE's time factor")
     parser.add_argument("--size", help="HxW in pixels")
     parser.add_argument("--weights", default="ema", choices=("ema", "params"))
+    parser.add_argument("--layout", default="", help=f"sample on several devices: {', '.join(layouts.LAYOUTS)}")
+    parser.add_argument("--devices", type=int, default=0, help="how many of them, 0 for all")
     parser.add_argument("--codec", default="libx264")
     return parser.parse_args(argv)
 
@@ -203,7 +221,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv[1:])
     prompts, size = prompts_of(args), program.size_of(args.size)
     out = program.workdir(args.out)
-    sampler = load(args.checkpoint, args.weights)
+    sampler = load(args.checkpoint, args.weights, args.layout, args.devices)
     given = {name: getattr(args, name) for name in ("steps", "cfg", "shift", "rescale", "interval", "stepper")}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     used = dataclasses.replace(sampler.settings, batch=min(len(prompts), sampler.settings.batch), **given)

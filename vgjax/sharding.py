@@ -75,6 +75,11 @@ def shard(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout.spec(names, x.shape, mesh)))
 
 
+def active() -> bool:
+    """Whether a layout is active."""
+    return _active.get() is not None
+
+
 def axes(name: str) -> tuple[str, ...]:
     """The mesh axes over which the active layout spreads a dim of this name; none with no layout active."""
     active = _active.get()

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vgjax import sharding
-from vgjax.attention.full import pad
+from vgjax.attention.full import Full, pad
 from vgjax.attention.segments import Segments
 from vgjax.typing import Array, Float
 
@@ -20,9 +20,13 @@ TOKENS = ("batch", "tokens", "heads", None)
 
 @dataclass(frozen=True)
 class Parallel:
-    """`local` is an Attention that meets the other devices' tokens by itself (`Ulysses`, `Ring`), or needs none."""
+    """`local` meets the other devices' tokens by itself (`Ulysses`, `Ring`), or needs none.
+
+    With no layout active there are no other devices, and `alone` serves.
+    """
 
     local: Any
+    alone: Any = Full()
 
     def __call__(
         self,
@@ -31,6 +35,8 @@ class Parallel:
         v: Float[Array, "b m h k"],
         segments: Segments | None = None,
     ) -> Float[Array, "b n h k"]:
+        if not sharding.active():
+            return self.alone(q, k, v, segments)
         n, heads = q.shape[1:3]
         tokens = sharding.degree("tokens")
         if segments is None and (n % tokens or k.shape[1] % tokens):

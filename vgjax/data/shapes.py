@@ -53,8 +53,8 @@ MARGIN = 0.04  # between an object and the frame's edge
 GAP = 0.07  # between the areas that two objects sweep
 # Diameter, travel, smaller diameter and growth factor of an object, alone or one of two. At 32 pixels a shape below
 # seven pixels can no longer be told from another.
-ALONE = {"size": (0.36, 0.46), "travel": (0.28, 0.42), "small": (0.30, 0.34), "factor": (1.7, 2.0)}
-PAIRED = {"size": (0.28, 0.34), "travel": (0.24, 0.38), "small": (0.24, 0.27), "factor": (1.6, 1.8)}
+ALONE = {"size": (0.42, 0.54), "travel": (0.20, 0.30), "small": (0.30, 0.35), "factor": (1.6, 1.9)}
+PAIRED = {"size": (0.30, 0.36), "travel": (0.18, 0.26), "small": (0.24, 0.28), "factor": (1.6, 1.8)}
 AXES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
 
 # Distance to the outline of a shape of radius 1 around its centroid, negative inside (exact near the edges).

@@ -24,11 +24,11 @@ from vgjax.typing import Bool, Float, UInt8
 ATTRIBUTES = ("color", "shape", "motion", "count", "background", "all")
 FOREGROUND = 40  # smallest distance from the background, in RGB levels; the world's colours are 100 and more away
 TOLERANCE = 110  # largest distance of an object's colour from the one it is named after
-SMALLEST = 0.008  # of the frame's area: anything smaller is dirt; the world's smallest object has 0.018
+SMALLEST = 0.008  # of the frame's area: anything smaller is dirt; the world's smallest object has 0.02
 STEADY = 0.85  # the share of frames in which an object must be there, with its colour and shape
 OVERLAP = 0.8  # smallest intersection over union of a tube with the shape it is named after
-MOVED = 0.13  # of the frame: the world's objects travel 0.26 and more
-GREW = np.log(1.35)  # of the diameter: the world's objects grow by 1.7 and more
+MOVED = 0.1  # of the frame: the world's objects travel 0.18 and more
+GREW = np.log(1.3)  # of the diameter: the world's objects grow by 1.6 and more
 JITTER = 0.05  # rms distance of the centre from its straight line, of the frame
 
 
