@@ -51,7 +51,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.tokenizer = dict(kind="words", length=20)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
         config.time = dict(kind="uniform")
-        config.shift = dict(factor=2.0)
+        config.shift = dict(factor=3.0)
         config.vae = "{workdir}/../vae"
         config.latents = "{workdir}/../latents"
         config.data.drop_caption = 0.1

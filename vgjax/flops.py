@@ -1,4 +1,4 @@
-"""Model FLOPs: closed forms for the MM-DiT, a count for anything that JAX can trace, and the peak of each chip.
+"""Model FLOPs: closed forms for the MM-DiT, a count for anything that JAX can trace, and peaks.
 
 A multiply and an add are two FLOPs. Model FLOPs are those the mathematics needs: training is three forwards
 (recomputation under remat is not counted), so that MFU = model FLOPs / (seconds * peak) compares across papers.
@@ -10,29 +10,7 @@ from typing import Any
 
 import jax
 
-# Dense bf16 peak of one chip in FLOP/s, and how many JAX devices it is. The first name found in `device_kind` counts.
-# NVIDIA: the data sheets' tensor-core figures without sparsity ("H100" is the SXM card). TPU: "peak compute per chip
-# (bf16)" at cloud.google.com/tpu/docs; a chip is one device from v4 to v6e and two before and after.
-CHIPS = {
-    "H100 PCIe": (756e12, 1),
-    "H100": (989e12, 1),
-    "H200": (989e12, 1),
-    "B200": (2250e12, 1),
-    "A100": (312e12, 1),
-    "A10": (125e12, 1),
-    "L40S": (362e12, 1),
-    "L4": (121e12, 1),
-    "TPU v2": (45e12, 2),
-    "TPU v3": (123e12, 2),
-    "TPU v4 lite": (138e12, 1),
-    "TPU v4": (275e12, 1),
-    "TPU v5 lite": (197e12, 1),
-    "TPU v5e": (197e12, 1),
-    "TPU v5": (459e12, 1),
-    "TPU v6": (918e12, 1),
-    "TPU7x": (2307e12, 2),
-    "TPU v7": (2307e12, 2),
-}
+from vgjax import chips
 
 
 def peak(device_kind: str, dtype: Any = "bfloat16") -> float | None:
@@ -41,10 +19,10 @@ def peak(device_kind: str, dtype: Any = "bfloat16") -> float | None:
     float32 is what JAX's default precision does with it: one bf16 pass on TPUs, TF32 (half of bf16) on GPUs.
     """
     dtype = jax.numpy.dtype(dtype).name
-    for name, (chip, devices) in CHIPS.items():
-        if name in device_kind and dtype in ("bfloat16", "float16", "float32"):
-            return chip / devices / (2 if dtype == "float32" and "TPU" not in name else 1)
-    return None
+    chip = chips.find(device_kind)
+    if chip is None or dtype not in ("bfloat16", "float16", "float32"):
+        return None
+    return chip.peak / chip.devices / (2 if dtype == "float32" and "TPU" not in device_kind else 1)
 
 
 def training(forward: float | int) -> float | int:

@@ -22,8 +22,11 @@ def start() -> None:
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, also under argparse
 
 
-def read_config(argv: list[str], usage: str) -> tuple[ConfigDict, ConfigDict, str]:
-    """(config, the file's own values, workdir) of `--config FILE[:ARG] [--config.key=value ...] --workdir DIR`."""
+def read_config(argv: list[str], usage: str, workdir: bool = True) -> tuple[ConfigDict, ConfigDict, str | None]:
+    """(config, the file's own values, workdir) of `--config FILE[:ARG] [--config.key=value ...] --workdir DIR`.
+
+    Without `workdir` that flag may be missing.
+    """
     named = [(arg, after) for arg, after in itertools.pairwise([*argv[1:], ""]) if re.match(r"--?config(=|$)", arg)]
     if not named:
         raise UserError(f"command line: --config is missing; {usage}")
@@ -34,7 +37,7 @@ def read_config(argv: list[str], usage: str) -> tuple[ConfigDict, ConfigDict, st
     for key in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv[1:])):
         _check_known(defaults, key)
     config, flagset = _parse(argv, usage)
-    if not flagset.workdir:
+    if workdir and not flagset.workdir:
         raise UserError(f"command line: --workdir is missing; {usage}")
     return config, defaults, flagset.workdir
 

@@ -107,13 +107,13 @@ class Sampler:
             text, mask = (np.stack(part) for part in zip(*texts, strict=True))
             key = jax.random.key(seed)
             with self._here():
-                z = _integrate(self.experiment.objective, use, shape, self.params, text, mask, index, key)
+                z = integrated(self.experiment.objective, use, shape, self.params, text, mask, index, key)
             out.append(z[: len(some)])
         return jnp.concatenate(out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _integrate(
+def integrated(
     objective: FlowObjective,
     use: Settings,
     shape: tuple[int, int, int, int],
@@ -158,17 +158,17 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
     config.layout.kind = layout or config.layout.kind
     built = experiment.build(config, of_vae)
-    wanted = _wanted(built)
-    checkpoint.check_leaves(tree[weights], sharding.unboxed(wanted), path)
+    needed = wanted(built)
+    checkpoint.check_leaves(tree[weights], sharding.unboxed(needed), path)
     if not layout:
         return Sampler(built, tree[weights], frozen, settings_of(config))
     where = layouts.find(layout, devices)
-    params = jax.device_put(tree[weights], sharding.shardings(wanted, *where))
+    params = jax.device_put(tree[weights], sharding.shardings(needed, *where))
     return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where)
 
 
-def _wanted(built: experiment.Experiment) -> PyTree:
-    """The abstract parameters of a flow, boxed."""
+def wanted(built: experiment.Experiment) -> PyTree:
+    """The abstract parameters of a flow, in their boxes of names."""
     data, objective = built.config.data, built.objective
     text, mask = built.tokenizer("")
     x = jnp.zeros((1, *built.vae.latent_shape(data.frames, *data.size)))

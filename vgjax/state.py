@@ -56,7 +56,7 @@ def builder(
 
     shapes = jax.eval_shape(init)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    of_params = sharding.shardings(jax.eval_shape(boxed, jax.random.key(0)), layout, mesh)
+    of_params = sharding.shardings(jax.eval_shape(lambda: boxed(jax.random.key(0))), layout, mesh)
     of_opt = {name: _like(shapes.params[name], of_params[name], shapes.opt[name]) for name in objective.players}
     of_opt = jax.tree.map(lambda found: found or everywhere, of_opt, is_leaf=lambda found: found is None)
     specs = TrainState(everywhere, of_params, of_opt, of_params, everywhere, everywhere)

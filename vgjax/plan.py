@@ -1,0 +1,387 @@
+"""Plans a run for chips you don't have: `python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4`.
+
+For each layout the real train step (or sampler) is compiled by the real TPU or GPU compiler. Measured by the compiler:
+whether it fits, the bytes of a device, which collectives run and how large they are. Modelled by us, from those and the
+table of chips: the time for arithmetic, memory and network, each at its peak and perfectly overlapped. So step times
+are lower bounds and MFU an upper bound; the ranking of layouts is what they are for.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vgjax import experiment, flops, hlo, layouts, program, sample, sharding, state, step, topology
+from vgjax.errors import UserError, door
+from vgjax.models.causal_vae import LatentStats
+from vgjax.objectives.flow import FlowObjective
+from vgjax.topology import Topology
+from vgjax.typing import PyTree
+
+USAGE = "usage: python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4 [--layouts all] [--out DIR]"
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layout. Bytes are of one device, seconds of one step (or one batch sampled)."""
+
+    layout: str
+    mesh: dict[str, int]
+    fits: bool
+    reason: str = ""
+    needed: float = 0.0
+    available: float = 0.0
+    params: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    model_flops: float = 0.0
+    flops: float = 0.0
+    traffic: float = 0.0
+    collectives: dict[str, float] = dataclasses.field(default_factory=dict)
+    compute_seconds: float = 0.0
+    memory_seconds: float = 0.0
+    network_seconds: float = 0.0
+    step_seconds: float = 0.0
+    mfu: float = 0.0
+    tokens_per_second: float = 0.0
+    compile_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program to compile under a layout: `lower()` gives it, the rest describes what it does."""
+
+    lowered: Any
+    state: state.TrainState | None
+    params: PyTree
+    model_flops: float
+    flops: float
+    tokens: int
+
+
+@door
+def main(argv: list[str]) -> None:
+    args, rest = parse(argv[1:])
+    config, _, _ = program.read_config([argv[0], *rest], USAGE, workdir=False)
+    config = adapt(experiment.resolve(config, Path("runs/plan")), args)
+    kinds = list(layouts.LAYOUTS) if args.layouts == "all" else (args.layouts or config.layout.kind).split(",")
+    for kind in kinds:
+        layouts.named(kind)
+    where = topology.find(args.topology, args.slices)
+    rows = [plan(config, kind, where, args) for kind in kinds]
+    print("\n".join(table(rows, config, where, args)))
+    if args.out:
+        write(program.workdir(args.out), rows, config, where, args)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("python -m vgjax.plan", description="Plans a run for chips you don't have.")
+    parser.add_argument("--topology", required=True, help="v4:, v5p:, tpu7x:4x4x4, v5e:, v6e:16x16, h100:, h200:8")
+    parser.add_argument("--slices", type=int, default=1, help="TPU slices of that shape")
+    parser.add_argument("--layouts", default="", help="all, or names with commas between; default: the config's")
+    parser.add_argument("--job", default="train", choices=("train", "sample"))
+    parser.add_argument("--batch", type=int, help="samples a step, default: the config's")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--size", help="HxW in pixels")
+    parser.add_argument("--vae", default="4x8x8", help="size of the causal VAE whose latents are trained on")
+    parser.add_argument("--search", action="store_true", help="find the largest batch that fits, for each layout")
+    parser.add_argument("--out", help="folder for plan.json and plan.png")
+    return parser.parse_known_args(argv)
+
+
+def adapt(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
+    """The config with what the command line asks of it, in the precision of an accelerator."""
+    if config.objective.get("kind") != "flow":
+        raise UserError(f"--config: plan is for flows, not for a {config.objective.get('kind')}")
+    with config.unlocked():
+        config.precision = "bfloat16" if config.precision == "auto" else config.precision
+        config.train.batch = args.batch or config.train.batch
+        config.data.frames = args.frames or config.data.frames
+        config.data.size = program.size_of(args.size) or tuple(config.data.size)
+    return config
+
+
+def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespace) -> Row:
+    """One layout, at the config's batch or, with --search, at the largest that fits."""
+    if not args.search:
+        return compiled(config, kind, where, args)
+    good, batch = None, max(config.train.batch, 1)
+    tried: dict[int, Row] = {}
+
+    def at(size: int) -> Row:
+        config.train.batch = size
+        tried.setdefault(size, compiled(config, kind, where, args))
+        return tried[size]
+
+    start, low, high = batch, 0, None
+    while high is None or high - low > max(1, low // 8):
+        row = at(batch)
+        low, high, good = (batch, high, row) if row.fits else (low, batch, good)
+        batch = 2 * batch if high is None else (low + high) // 2
+        if batch == 0 or batch > 64 * start:
+            break
+    config.train.batch = start
+    return good or at(1)
+
+
+def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespace) -> Row:
+    """Compiles the job under a layout and reads off what it costs."""
+    layout = layouts.named(kind)
+    asked = {axis: config.layout.get(axis, 0) for axis in layouts.AXES} if kind == config.layout.kind else {}
+    mesh = layout.mesh(where.devices, **asked)
+    row = Row(kind, dict(mesh.shape), False, available=where.chip.memory / where.chip.devices)
+    start = time.perf_counter()
+    with sharding.use(layout, mesh):
+        vae = ConfigDict({"model": {"kind": "causal_vae", "size": args.vae}})
+        config.layout.kind = kind
+        built = experiment.build(config, vae)
+        job = (train_job if args.job == "train" else sample_job)(built, layout, mesh)
+        row = dataclasses.replace(row, **memory_of_state(job))
+        try:
+            done = job.lowered.compile()
+        except Exception as error:  # the compilers have no type of their own for "too large"
+            return dataclasses.replace(row, **refusal(error, row))
+    return measured(row, done, job, mesh, where, time.perf_counter() - start)
+
+
+def train_job(built: experiment.Experiment, layout: Any, mesh: Any) -> Job:
+    """The train step of `vgjax.train` on latents."""
+    config, objective = built.config, built.objective
+    batch = abstract_batch(built, config.train.batch, layout, mesh)
+    stats = jax.ShapeDtypeStruct((built.vae.latent_channels,), jnp.float32)
+    frozen = {"stats": LatentStats(stats, stats)}
+    example = jax.eval_shape(objective.prepare, frozen, batch)
+    optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
+    abstract, _ = state.builder(objective, optimizer, config.seed, example, layout, mesh)
+    train = step.make(objective, optimizer, abstract, **of_step)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
+
+    def loss(own: PyTree, batch: PyTree, key: Any) -> Any:
+        return objective.loss("velocity", {"velocity": own}, batch, key)[0]
+
+    forward = flops.count(loss, plain["velocity"], example, key)
+    return Job(
+        train.lower(abstract, frozen, batch),
+        abstract,
+        abstract.params,
+        flops.training(forward),
+        flops.count(jax.grad(loss), plain["velocity"], example, key),
+        tokens_of(built, example),
+    )
+
+
+def sample_job(built: experiment.Experiment, layout: Any, mesh: Any) -> Job:
+    """The sampler of `vgjax.sample`: all its steps, guidance included, without the decoder."""
+    config, objective = built.config, built.objective
+    settings = sample.settings_of(config)
+    count, data = config.train.batch, config.data
+    shape = built.vae.latent_shape(data.frames, *data.size)
+    batch = abstract_batch(built, count * (2 if settings.cfg != 1.0 else 1), layout, mesh)
+    boxed = sample.wanted(built)
+    params = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        sharding.unboxed(boxed),
+        sharding.shardings(boxed, layout, mesh),
+    )
+    index = jax.ShapeDtypeStruct((count,), np.uint32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    inputs = (params, batch["text"], batch["mask"], index, key)
+    work = flops.count(lambda *given: sample.integrated(objective, settings, shape, *given), *inputs)
+    lowered = sample.integrated.lower(objective, settings, shape, *inputs)
+    tokens = count * objective.model.tokens(shape[:3])
+    return Job(lowered, None, params, work, work, tokens)
+
+
+def abstract_batch(built: experiment.Experiment, count: int, layout: Any, mesh: Any) -> dict[str, Any]:
+    """A batch of latents and tokens as the loader would place it."""
+    config, length = built.config, built.tokenizer.length
+    latent = built.vae.latent_shape(config.data.frames, *config.data.size)
+    shapes = {
+        "latent": ((count, *latent), jnp.float32),
+        "text": ((count, length, built.tokenizer.hashes), jnp.int32),
+        "mask": ((count, length), jnp.bool_),
+        "index": ((count,), jnp.uint32),
+    }
+
+    def one(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        spec = layout.spec(("batch", *[None] * (len(shape) - 1)), shape, mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return {name: one(*what) for name, what in shapes.items()}
+
+
+def tokens_of(built: experiment.Experiment, example: PyTree) -> int:
+    """Video and text tokens of a batch."""
+    objective: FlowObjective = built.objective
+    count, m = example["text"].shape[:2]
+    return count * (objective.model.tokens(example["x"].shape[1:4]) + m)
+
+
+def bytes_of(tree: PyTree) -> float:
+    """Bytes of one device's part of an abstract tree."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def memory_of_state(job: Job) -> dict[str, float]:
+    if job.state is None:
+        return {"params": bytes_of(job.params)}
+    return {"params": bytes_of(job.state.params), "optimizer": bytes_of((job.state.opt, job.state.ema))}
+
+
+def refusal(error: Exception, row: Row) -> dict[str, Any]:
+    """What the compiler says against a program: too large, or its first line."""
+    text = str(error)
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
+    if found is None:
+        return {"reason": next((line for line in text.splitlines() if line.strip()), type(error).__name__)[:300]}
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    needed, available = float(found[1]) * scale[found[2]], float(found[3]) * scale[found[4]]
+    return {"needed": needed, "available": available, "reason": "too large"}
+
+
+def measured(row: Row, done: Any, job: Job, mesh: Any, where: Topology, seconds: float) -> Row:
+    """The row of a program that compiled."""
+    memory, text = done.memory_analysis(), hlo.parse(done.as_text())
+    needed = float(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    kinds: Counter[str] = Counter()
+    network = 0.0
+    for collective in text.collectives():
+        kinds[collective.kind] += collective.sent * collective.times
+        far = len({device // where.near for device in collective.group}) > 1
+        speed = (where.chip.network if far else where.chip.link) / where.chip.devices
+        network += collective.sent * collective.times / speed
+    chip, devices = where.chip, mesh.size
+    peak, traffic = chip.peak / chip.devices, text.traffic()
+    compute = job.flops / devices / peak
+    memory_time = traffic / (chip.bandwidth / chip.devices)
+    total = max(compute, memory_time, network)
+    return dataclasses.replace(
+        row,
+        fits=needed <= row.available,
+        reason="" if needed <= row.available else "too large",
+        needed=needed,
+        activations=float(memory.temp_size_in_bytes),
+        model_flops=job.model_flops,
+        flops=job.flops,
+        traffic=traffic,
+        collectives=dict(kinds),
+        compute_seconds=compute,
+        memory_seconds=memory_time,
+        network_seconds=network,
+        step_seconds=total,
+        mfu=job.model_flops / devices / peak / total,
+        tokens_per_second=job.tokens / total,
+        compile_seconds=seconds,
+    )
+
+
+def best(rows: list[Row]) -> tuple[Row | None, str]:
+    """The layout to take, and why."""
+    fitting = sorted((row for row in rows if row.fits), key=lambda row: row.step_seconds)
+    if not fitting:
+        small = min((row for row in rows if row.needed), key=lambda row: row.needed, default=None)
+        what = f"; the smallest, {small.layout}, needs {small.needed / GIB:.1f} GiB" if small else ""
+        return None, f"no layout fits{what}: take more chips, a smaller batch or more remat"
+    first = fitting[0]
+    times = {"arithmetic": first.compute_seconds, "memory": first.memory_seconds, "network": first.network_seconds}
+    bound = max(times, key=lambda name: times[name])
+    than = (
+        f", {fitting[1].step_seconds / first.step_seconds:.2f}x faster than {fitting[1].layout}" if fitting[1:] else ""
+    )
+    return first, f"{first.layout}: the shortest step of those that fit{than}; bound by {bound}"
+
+
+def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> list[str]:
+    """Lines for people."""
+    data = config.data
+    head = f"{len(where.devices)} devices of {args.slices} x {where.name}" if args.slices > 1 else where.name
+    lines = [
+        f"{args.job} on {head}: batch {config.train.batch}, {data.frames} frames of {data.size[0]}x{data.size[1]}; "
+        f"a device has {rows[0].available / GIB:.1f} GiB",
+        f"{'layout':9} {'mesh':12} {'GiB':>6} {'params':>6} {'optim':>6} {'activ':>6} | {'TFLOP':>8} {'sent GiB':>8} | "
+        f"{'compute':>8} {'memory':>8} {'network':>8} | {'step s':>7} {'MFU':>5} {'tokens/s':>9}",
+    ]
+    for row in sorted(rows, key=lambda row: (not row.fits, row.step_seconds)):
+        sizes = "x".join(str(size) for size in row.mesh.values())
+        gib = [f"{size / GIB:6.1f}" for size in (row.needed, row.params, row.optimizer, row.activations)]
+        if not row.step_seconds:
+            why = f"needs {gib[0].strip()} of {row.available / GIB:.1f} GiB" if row.needed else row.reason
+            lines.append(f"{row.layout:9} {sizes:12} {why}")
+            continue
+        times = " ".join(f"{t:8.3f}" for t in (row.compute_seconds, row.memory_seconds, row.network_seconds))
+        lines.append(
+            f"{row.layout:9} {sizes:12} {' '.join(gib)} | {row.model_flops / 1e12:8.1f} "
+            f"{sum(row.collectives.values()) / GIB:8.2f} | {times} | {row.step_seconds:7.3f} {100 * row.mfu:4.0f}% "
+            f"{row.tokens_per_second:9,.0f}" + ("" if row.fits else f"   needs {gib[0].strip()} GiB: does not fit")
+        )
+    return [
+        *lines,
+        "measured by the compiler: GiB, activations, bytes sent; modelled: seconds (each part at the chip's peak, "
+        "overlapped), so the step is a lower bound and MFU an upper one",
+        best(rows)[1],
+    ]
+
+
+def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> None:
+    """plan.json, plan.txt and plan.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    chosen, why = best(rows)
+    record = {
+        "topology": where.name,
+        "slices": args.slices,
+        "devices": len(where.devices),
+        "job": args.job,
+        "config": config.to_dict(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "best": chosen.layout if chosen else None,
+        "reason": why,
+        "measured": ["fits", "needed", "activations", "collectives"],
+        "modelled": ["compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu"],
+    }
+    (out / "plan.json").write_text(json.dumps(record, indent=1))
+    (out / "plan.txt").write_text("\n".join(table(rows, config, where, args)) + "\n")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    names, places = [row.layout for row in rows], np.arange(len(rows))
+    bottom = np.zeros(len(rows))
+    for part in ("params", "optimizer", "activations"):
+        heights = np.array([getattr(row, part) / GIB for row in rows])
+        axes[0].bar(places, heights, bottom=bottom, label=part)
+        bottom += heights
+    axes[0].axhline(rows[0].available / GIB, color="black", linestyle="--", linewidth=1)
+    axes[0].set(title="memory of a device, GiB (dashed: what it has)", xticks=places)
+    for i, part in enumerate(("compute", "memory", "network")):
+        axes[1].bar(places + 0.27 * (i - 1), [getattr(row, f"{part}_seconds") for row in rows], 0.25, label=part)
+    axes[1].set(title="seconds of a step, each part at its peak", xticks=places)
+    for axis in axes:
+        axis.set_xticklabels(names, rotation=30)
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(out / "plan.png", dpi=110)
+
+
+if __name__ == "__main__":
+    topology.environment()
+    program.start()
+    main()
