@@ -54,7 +54,8 @@ def run(kind, name, devices, **asked):
     The gradients are read off Adam's first moment after one step.
     """
     layout, mesh = layouts.find(name, devices, **asked)
-    objective, optimizer = kind(layout), adamw(schedule("constant", 1e-3, 0, 100), b1=B1)
+    # A key's bias has no gradient, since softmax does not see it: with a small eps Adam makes steps of its rounding noise.
+    objective, optimizer = kind(layout), adamw(schedule("constant", 1e-3, 0, 100), b1=B1, eps=1e-4)
     (player,) = objective.players
     frozen = {"stats": LatentStats(np.zeros(4, np.float32), np.ones(4, np.float32))}
     with sharding.use(layout, mesh):
@@ -62,6 +63,7 @@ def run(kind, name, devices, **asked):
         abstract, _ = state.builder(objective, optimizer, 0, example, layout, mesh)
         params = perturbed_like(abstract.params)
         now = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract).replace(params=params, ema=params)
+        now = jax.tree.map(np.array, now)  # each leaf a buffer of its own, to be donated
         now = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), now, abstract)
         train = step.make(objective, optimizer, abstract, clip=0.0)
         for number in range(STEPS):
