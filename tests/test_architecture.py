@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "data": {"errors", "video"},
     "video": {"errors"},
     "objectives": GROUND | {"flow", "losses", "metrics", "models"},
-    "flops": {"errors"},
+    "chips": set(),
+    "flops": {"chips", "errors"},
+    "hlo": set(),
+    "topology": {"chips", "errors"},
     "log": {"errors", "storage", "typing"},
     "storage": {"errors"},
     "checkpoint": {"errors", "storage", "typing"},
@@ -34,7 +37,7 @@ MAY_IMPORT = {
     "state": GROUND,
     "step": GROUND | {"losses", "state"},
 }
-ENTRY = {"train", "sample", "encode", "evaluate"}
+ENTRY = {"train", "sample", "encode", "evaluate", "plan"}
 FLAX = {"nn", "models", "sharding", "state"}
 
 

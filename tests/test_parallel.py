@@ -54,7 +54,7 @@ def run(kind, name, devices, **asked):
     The gradients are read off Adam's first moment after one step.
     """
     layout, mesh = layouts.find(name, devices, **asked)
-    # A key's bias has no gradient, since softmax does not see it: with a small eps Adam makes steps of its rounding noise.
+    # A key's bias has no gradient, since softmax does not see it: with a small eps Adam makes steps of its rounding.
     objective, optimizer = kind(layout), adamw(schedule("constant", 1e-3, 0, 100), b1=B1, eps=1e-4)
     (player,) = objective.players
     frozen = {"stats": LatentStats(np.zeros(4, np.float32), np.ones(4, np.float32))}

@@ -10,7 +10,7 @@ et al. 2025, "How to Scale Your Model", part 2, table of TPU specs, for links an
 
 from dataclasses import dataclass
 
-GB = 10**9
+GB = 1e9
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "iota", "async-update", "async-done", "copy-done"),
 }
-_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Collective:
     """`sent` bytes leave each device in one run of it, `times` runs; `group`: the devices of its first group."""
 
     kind: str
-    sent: float
+    sent: float | int
     times: int
     group: tuple[int, ...]
 
@@ -63,10 +63,19 @@ class Program:
             name, times = todo.pop()
             yield name, times
             for op in self.computations[name].values():
-                turns = times * (_trips(op) if op.kind == "while" else 1)
+                turns = times * (self._turns(op) if op.kind == "while" else 1)
                 for key in ("body", "condition", "to_apply", "branch_computations", "true_computation", "calls"):
                     if op.kind in ("while", "call", "conditional", "async-start") or key == "branch_computations":
                         todo += [(called, turns) for called in op.called(key) if called in self.computations]
+
+    def _turns(self, loop: Op) -> int:
+        """How often a loop turns: as the compiler notes it, or the constant that its counter is compared with."""
+        noted = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
+        if noted:
+            return int(noted[1])
+        condition = [op for name in loop.called("condition") for op in self.computations.get(name, {}).values()]
+        limits = [int(op.rest.partition(")")[0]) for op in condition if op.kind == "constant" and "s32" in op.shape]
+        return max(limits, default=1)
 
     def collectives(self) -> list[Collective]:
         found = []
@@ -77,14 +86,14 @@ class Program:
                     found.append(_collective(kind, op, self.computations[name], times))
         return found
 
-    def traffic(self) -> float:
+    def traffic(self) -> float | int:
         """Bytes that ops and fusions read and write: an upper bound of memory traffic, since caches are not seen."""
         return sum(
             times * sum(self._moved(op, self.computations[name]) for op in self.computations[name].values())
             for name, times in self.visits()
         )
 
-    def _moved(self, op: Op, near: dict[str, Op]) -> float:
+    def _moved(self, op: Op, near: dict[str, Op]) -> float | int:
         if op.kind in FREE or op.kind.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
             return 0.0
         if op.kind == "fusion":
@@ -109,20 +118,20 @@ def parse(text: str) -> Program:
             program.entry = head[2] if head[1] else program.entry
             continue
         found = _OP.match(line)
-        if found:
-            name, shape, kind, rest = found.groups()
-            current[name] = Op(name, shape, kind, rest, line.lstrip().startswith("ROOT"))
+        if found and (after := _kind(found[2])):
+            shape, kind, rest = after
+            current[found[1]] = Op(found[1], shape, kind, rest, line.lstrip().startswith("ROOT"))
     assert program.entry, "no ENTRY in the HLO text"
     return program
 
 
-def size(shape: str) -> float:
+def size(shape: str) -> float | int:
     """Bytes of a shape, or of all shapes of a tuple."""
     parts = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     return sum(BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in parts)
 
 
-def _fused(ops: dict[str, Op]) -> float:
+def _fused(ops: dict[str, Op]) -> float | int:
     """What a fusion reads and writes: of what is only sliced, or updated in place, the slices alone."""
     users: dict[str, list[Op]] = {}
     for op in ops.values():
@@ -156,6 +165,13 @@ def _collective(kind: str, op: Op, near: dict[str, Op], times: int) -> Collectiv
     return Collective(kind, sent, times, group)
 
 
+def _kind(text: str) -> tuple[str, str, str] | None:
+    """(shape, kind, rest) of what stands behind `=`; the shape may be a tuple."""
+    end = len(_arguments(text[1:])) + 2 if text.startswith("(") else text.find(" ")
+    found = re.match(r" ?([\w\-]+)\((.*)$", text[end:])
+    return (text[:end], found[1], found[2]) if found else None
+
+
 def _group(rest: str) -> tuple[int, ...]:
     """The devices of the first replica group, or of the first pair of a permutation."""
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
@@ -165,13 +181,25 @@ def _group(rest: str) -> tuple[int, ...]:
         if iota[4]:
             ids = ids.transpose([int(n) for n in iota[4].split(",")])
         return tuple(map(int, ids.reshape(int(iota[1]), int(iota[2]))[0]))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if mesh:
+        return _along(dict(re.findall(r"'([^']+)'=(\d+)", mesh[1])), mesh[2])
     found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest)
     return tuple(map(int, found[1].split(","))) if found else ()
 
 
-def _trips(op: Op) -> int:
-    found = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.rest)
-    return int(found[1]) if found else 1
+def _along(sizes: dict[str, str], axes: str) -> tuple[int, ...]:
+    """The first devices along axes of a mesh; `'a':(2)4` is the part of size 4 of an axis, after one of size 2."""
+    strides, step = {}, 1
+    for name, count in reversed(sizes.items()):
+        strides[name] = step
+        step *= int(count)
+    group = np.zeros(1, int)
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        count = int(part) if part else int(sizes[name])
+        stride = strides[name] * (int(sizes[name]) // (int(before) * count) if part else 1)
+        group = (group[:, None] + stride * np.arange(count)).ravel()
+    return tuple(map(int, group))
 
 
 def _arguments(rest: str) -> str:

@@ -8,27 +8,30 @@ are lower bounds and MFU an upper bound; the ranking of layouts is what they are
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vgjax import experiment, flops, hlo, layouts, program, sample, sharding, state, step, topology
 from vgjax.errors import UserError, door
 from vgjax.models.causal_vae import LatentStats
-from vgjax.objectives.flow import FlowObjective
 from vgjax.topology import Topology
 from vgjax.typing import PyTree
 
 USAGE = "usage: python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4 [--layouts all] [--out DIR]"
 GIB = 2**30
+Where = tuple[layouts.Layout, Mesh] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +62,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A program to compile under a layout: `lower()` gives it, the rest describes what it does."""
+    """A lowered program, what it keeps on the devices, its FLOPs with padding and recomputation, and its tokens."""
 
     lowered: Any
     state: state.TrainState | None
     params: PyTree
-    model_flops: float
     flops: float
     tokens: int
 
@@ -141,11 +143,11 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     mesh = layout.mesh(where.devices, **asked)
     row = Row(kind, dict(mesh.shape), False, available=where.chip.memory / where.chip.devices)
     start = time.perf_counter()
+    config.layout.kind = kind
+    built = experiment.build(config, ConfigDict({"model": {"kind": "causal_vae", "size": args.vae}}))
+    row = dataclasses.replace(row, model_flops=model_flops(built, args.job))
     with sharding.use(layout, mesh):
-        vae = ConfigDict({"model": {"kind": "causal_vae", "size": args.vae}})
-        config.layout.kind = kind
-        built = experiment.build(config, vae)
-        job = (train_job if args.job == "train" else sample_job)(built, layout, mesh)
+        job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
         row = dataclasses.replace(row, **memory_of_state(job))
         try:
             done = job.lowered.compile()
@@ -154,56 +156,69 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     return measured(row, done, job, mesh, where, time.perf_counter() - start)
 
 
-def train_job(built: experiment.Experiment, layout: Any, mesh: Any) -> Job:
-    """The train step of `vgjax.train` on latents."""
-    config, objective = built.config, built.objective
-    batch = abstract_batch(built, config.train.batch, layout, mesh)
-    stats = jax.ShapeDtypeStruct((built.vae.latent_channels,), jnp.float32)
-    frozen = {"stats": LatentStats(stats, stats)}
-    example = jax.eval_shape(objective.prepare, frozen, batch)
-    optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
-    abstract, _ = state.builder(objective, optimizer, config.seed, example, layout, mesh)
-    train = step.make(objective, optimizer, abstract, **of_step)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
+def model_flops(built: experiment.Experiment, job: str) -> float:
+    """What the mathematics needs, without padding or recomputation; traced with no layout active."""
+    function, inputs = (training if job == "train" else sampling)(built)
+    return flops.training(flops.count(function, *inputs)) if job == "train" else flops.count(function, *inputs)
+
+
+def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
+    """(loss, abstract inputs) of one step on latents."""
+    objective = built.objective
+    example = jax.eval_shape(objective.prepare, frozen_of(built), abstract_batch(built, built.config.train.batch))
+    params = jax.eval_shape(lambda: sharding.unboxed(objective.init(jax.random.key(0), example)["velocity"]))
 
     def loss(own: PyTree, batch: PyTree, key: Any) -> Any:
         return objective.loss("velocity", {"velocity": own}, batch, key)[0]
 
-    forward = flops.count(loss, plain["velocity"], example, key)
-    return Job(
-        train.lower(abstract, frozen, batch),
-        abstract,
-        abstract.params,
-        flops.training(forward),
-        flops.count(jax.grad(loss), plain["velocity"], example, key),
-        tokens_of(built, example),
-    )
+    return loss, (params, example, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def sample_job(built: experiment.Experiment, layout: Any, mesh: Any) -> Job:
-    """The sampler of `vgjax.sample`: all its steps, guidance included, without the decoder."""
+def train_job(built: experiment.Experiment, where: Where) -> Job:
+    """The train step of `vgjax.train` on latents."""
     config, objective = built.config, built.objective
-    settings = sample.settings_of(config)
-    count, data = config.train.batch, config.data
-    shape = built.vae.latent_shape(data.frames, *data.size)
-    batch = abstract_batch(built, count * (2 if settings.cfg != 1.0 else 1), layout, mesh)
+    batch = abstract_batch(built, config.train.batch, where)
+    loss, inputs = training(built)
+    optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
+    abstract, _ = state.builder(objective, optimizer, config.seed, inputs[1], *where)
+    train = step.make(objective, optimizer, abstract, **of_step)
+    count, m = inputs[1]["text"].shape[:2]
+    tokens = count * (objective.model.tokens(inputs[1]["x"].shape[1:4]) + m)
+    lowered = train.lower(abstract, frozen_of(built), batch)
+    return Job(lowered, abstract, abstract.params, flops.count(jax.grad(loss), *inputs), tokens)
+
+
+def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
+    """(integration of a batch, abstract inputs): all steps, guidance included, without the decoder."""
+    config, settings = built.config, sample.settings_of(built.config)
+    shape = built.vae.latent_shape(config.data.frames, *config.data.size)
+    texts = abstract_batch(built, config.train.batch * (2 if settings.cfg != 1.0 else 1), where)
     boxed = sample.wanted(built)
-    params = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        sharding.unboxed(boxed),
-        sharding.shardings(boxed, layout, mesh),
-    )
-    index = jax.ShapeDtypeStruct((count,), np.uint32)
+    params = sharding.unboxed(boxed)
+    if where:
+        placed = sharding.shardings(boxed, *where)
+        params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, placed)
+    index = jax.ShapeDtypeStruct((config.train.batch,), np.uint32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    inputs = (params, batch["text"], batch["mask"], index, key)
-    work = flops.count(lambda *given: sample.integrated(objective, settings, shape, *given), *inputs)
-    lowered = sample.integrated.lower(objective, settings, shape, *inputs)
-    tokens = count * objective.model.tokens(shape[:3])
-    return Job(lowered, None, params, work, work, tokens)
+    integrated = functools.partial(sample.integrated, built.objective, settings, shape)
+    return integrated, (params, texts["text"], texts["mask"], index, key)
 
 
-def abstract_batch(built: experiment.Experiment, count: int, layout: Any, mesh: Any) -> dict[str, Any]:
+def sample_job(built: experiment.Experiment, where: Where) -> Job:
+    """The sampler of `vgjax.sample`."""
+    integrated, inputs = sampling(built, where)
+    tokens = built.config.train.batch * built.objective.model.tokens(integrated.args[2][:3])
+    lowered = sample.integrated.lower(*integrated.args, *inputs)
+    return Job(lowered, None, inputs[0], flops.count(integrated, *inputs), tokens)
+
+
+def frozen_of(built: experiment.Experiment) -> PyTree:
+    """What a flow on latents needs of its VAE."""
+    stats = jax.ShapeDtypeStruct((built.vae.latent_channels,), jnp.float32)
+    return {"stats": LatentStats(stats, stats)}
+
+
+def abstract_batch(built: experiment.Experiment, count: int, where: Where = None) -> dict[str, Any]:
     """A batch of latents and tokens as the loader would place it."""
     config, length = built.config, built.tokenizer.length
     latent = built.vae.latent_shape(config.data.frames, *config.data.size)
@@ -215,17 +230,13 @@ def abstract_batch(built: experiment.Experiment, count: int, layout: Any, mesh: 
     }
 
     def one(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        if not where:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        layout, mesh = where
         spec = layout.spec(("batch", *[None] * (len(shape) - 1)), shape, mesh)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     return {name: one(*what) for name, what in shapes.items()}
-
-
-def tokens_of(built: experiment.Experiment, example: PyTree) -> int:
-    """Video and text tokens of a batch."""
-    objective: FlowObjective = built.objective
-    count, m = example["text"].shape[:2]
-    return count * (objective.model.tokens(example["x"].shape[1:4]) + m)
 
 
 def bytes_of(tree: PyTree) -> float:
@@ -279,7 +290,6 @@ def measured(row: Row, done: Any, job: Job, mesh: Any, where: Topology, seconds:
         reason="" if needed <= row.available else "too large",
         needed=needed,
         activations=float(memory.temp_size_in_bytes),
-        model_flops=job.model_flops,
         flops=job.flops,
         traffic=traffic,
         collectives=dict(kinds),
@@ -287,7 +297,7 @@ def measured(row: Row, done: Any, job: Job, mesh: Any, where: Topology, seconds:
         memory_seconds=memory_time,
         network_seconds=network,
         step_seconds=total,
-        mfu=job.model_flops / devices / peak / total,
+        mfu=row.model_flops / devices / peak / total,
         tokens_per_second=job.tokens / total,
         compile_seconds=seconds,
     )
@@ -384,4 +394,5 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
 if __name__ == "__main__":
     topology.environment()
     program.start()
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back a program for absent devices
     main()

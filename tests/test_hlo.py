@@ -1,0 +1,88 @@
+"""What is read off a compiled program's text is what the program does."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vgjax import hlo, layouts
+
+
+def compiled(function, *arrays, kind="ring"):
+    _, mesh = layouts.find(kind, 8)
+    spec = PartitionSpec("sequence")
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)) for a in arrays]
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return hlo.parse(jax.jit(mapped).lower(*placed).compile().as_text())
+
+
+X = jnp.zeros((8, 8, 128), jnp.float32)  # 4096 bytes a device
+COLLECTIVES = {
+    "all-gather": (lambda x: jax.lax.all_gather(x, "sequence").sum(0), 7 * 4096),
+    "all-reduce": (lambda x: jax.lax.psum(x, "sequence"), 2 * 4096 * 7 / 8),
+    "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "sequence", scatter_dimension=1, tiled=True), 4096 * 7 / 8),
+    "all-to-all": (lambda x: jax.lax.all_to_all(x, "sequence", 1, 1, tiled=True), 4096 * 7 / 8),
+    "collective-permute": (lambda x: jax.lax.ppermute(x, "sequence", [(i, (i + 1) % 8) for i in range(8)]), 4096),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_a_collective_sends_what_its_ring_algorithm_sends(kind):
+    function, sent = COLLECTIVES[kind]
+    found = compiled(function, X).collectives()
+    assert [(c.kind, c.sent, c.times) for c in found] == [(kind, sent, 1)]
+    assert len(found[0].group) == (2 if kind == "collective-permute" else 8)
+
+
+def test_a_collective_in_a_loop_counts_at_every_turn():
+    def turn(x, _):
+        return jax.lax.ppermute(x, "sequence", [(i, (i + 1) % 8) for i in range(8)]) * 2, None
+
+    (found,) = compiled(lambda x: jax.lax.scan(turn, x, length=5)[0], X).collectives()
+    assert found.times == 5
+
+
+def test_traffic_is_that_of_what_is_read_and_written():
+    program = hlo.parse(jax.jit(lambda x: x + 1).lower(jnp.zeros((256, 1024))).compile().as_text())
+    assert program.traffic() == pytest.approx(2 * 2**20, rel=0.01)
+
+
+def test_a_slice_of_a_stack_counts_as_the_slice():
+    def turn(carry, row):
+        return carry + row, carry * 2
+
+    program = hlo.parse(jax.jit(lambda x: jax.lax.scan(turn, x[0], x)).lower(jnp.zeros((64, 4096))).compile().as_text())
+    # Four rows of 16 KiB a turn, not the whole stack of 1 MiB; the rest is the copy in and out.
+    assert program.traffic() < 64 * 8 * 16384 + 6 * 2**20
+
+
+TEXT = """HloModule m
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[4]{0:T(256)}) parameter(0)
+  %n = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[]{:T(128)}, f32[4]{0:T(256)}) parameter(0)
+  %x = f32[4]{0:T(256)} get-tuple-element(%p), index=1
+  %g = f32[16]{0:T(256)} all-gather(%x), replica_groups=mesh['a'=2,'b'=4,'c'=2] {'b'}, dimensions={0}
+  %h = f32[8]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}, dimensions={0}
+  %k = f32[8]{0} all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %t = (s32[], f32[4]{0:T(256)}) tuple(%zero, %x)
+  %w = (s32[]{:T(128)}, /*index=1*/f32[4]{0:T(256)}) while(%t), condition=%cond, body=%body
+}
+"""
+
+
+def test_the_text_of_the_tpu_compiler_is_understood():
+    first, second, third = hlo.parse(TEXT).collectives()
+    assert (first.times, first.group, first.sent) == (7, (0, 2, 4, 6), 48)
+    assert second.group == (0, 1, 4, 5)
+    assert third.group == (0, 4)
