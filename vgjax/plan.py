@@ -393,6 +393,5 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
 
 if __name__ == "__main__":
     topology.environment()
-    program.start()
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back a program for absent devices
+    program.start(cache=False)
     main()

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict, config_flags
 from vgjax.errors import UserError
 
 
-def start() -> None:
+def start(cache: bool = True) -> None:
     """Keeps compiled programs across starts (JAX_COMPILATION_CACHE_DIR, default ~/.cache/vgjax), so that a restart of
-    a job costs seconds, not a compilation."""
+    a job costs seconds, not a compilation. Without `cache` not: a program for absent devices cannot be read back."""
+    jax.config.update("jax_enable_compilation_cache", cache)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vgjax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
