@@ -22,7 +22,7 @@ from pathlib import Path
 
 from record import ROOT, write
 
-LONGER = ["--config.train.steps=40", "--config.train.save_every=2"]
+LONGER = ["--config.train.steps=24", "--config.train.save_every=2"]
 
 
 def command(workdir: Path, arg: str = "dit") -> list[str]:

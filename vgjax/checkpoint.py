@@ -31,6 +31,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
+from vgjax.distributed import fetch
 from vgjax.errors import StorageError, UserError
 from vgjax.storage import MANIFEST, fsync, reason, seal, sealed, verify, writing
 from vgjax.typing import PyTree
@@ -176,7 +177,7 @@ def load(path: str | os.PathLike, items: str | Sequence[str] | None = None) -> t
     `"ema"` gives that subtree, a sequence a dict of them, None the whole state; nothing else is read. Structs and
     named tuples come back as dicts. Changes nothing on disk. UserError when there is nothing to read.
     """
-    folder = _find(Path(path).absolute())
+    folder = newest(Path(path).absolute())
     stored = ocp.metadata(folder / STATE).metadata
     names = list(stored) if items is None else [items] if isinstance(items, str) else list(items)
     if absent := sorted(set(names) - set(stored)):
@@ -203,13 +204,13 @@ def digest(tree: PyTree) -> str:
     """sha256 over path, dtype, shape and bytes of every leaf: equal digests mean bit-identical states."""
     total = hashlib.sha256()
     for path, leaf in sorted((_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)):
-        leaf = np.asarray(leaf)
+        leaf = fetch(leaf)
         total.update(f"{path} {leaf.dtype.name} {leaf.shape} ".encode())
         total.update(leaf.tobytes())
     return total.hexdigest()
 
 
-def _find(path: Path) -> Path:
+def newest(path: Path) -> Path:
     """The newest undamaged step at `path`, or a sentence about what lies there instead."""
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: it {'is a file' if path.exists() else 'does not exist'}")

@@ -15,8 +15,9 @@ USER = 2  # bad input or configuration: restarting changes nothing
 DIVERGED = 3  # too many non-finite steps in a row; the last good checkpoint is untouched
 STORAGE = 4  # a checkpoint could not be written or no good one could be read
 LOADER = 5  # the data loader died
+HUNG = 6  # nothing happened for too long, here or in another process of the job
 PREEMPTED = 75  # state saved after SIGTERM: start the same command again (EX_TEMPFAIL)
-RESTARTABLE = (LOADER, PREEMPTED)
+RESTARTABLE = (LOADER, HUNG, PREEMPTED)
 
 
 class UserError(ValueError):

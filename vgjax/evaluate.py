@@ -23,6 +23,7 @@ from vgjax import checkpoint, experiment, program, video
 from vgjax.data import shapes
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
+from vgjax.distributed import fetch
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
 from vgjax.log import Log, keep_until
@@ -56,7 +57,7 @@ def reconstruction(vae: Any, params: Params, clips: np.ndarray) -> tuple[np.ndar
         return out, psnr(from_uint8(out), from_uint8(clip)), ssim(from_uint8(out), from_uint8(clip))
 
     parts = [one(params, clips[i : i + 1]) for i in range(len(clips))]
-    out, decibel, similar = (np.concatenate([np.asarray(part[k]) for part in parts]) for k in range(3))
+    out, decibel, similar = (np.concatenate([fetch(part[k]) for part in parts]) for k in range(3))
     return out, {"psnr": float(decibel.mean()), "ssim": float(similar.mean())}
 
 
@@ -83,7 +84,7 @@ def losses(sampler: Sampler, clips: list[Example], per_bin: int = 2) -> dict[str
         values = []
         for j in range(per_bin):
             t, key = (i + (j + 0.5) / per_bin) / bins, jax.random.fold_in(jax.random.key(0), i * per_bin + j)
-            values += [np.asarray(at(sampler.params, group, t, key)) for group in groups]
+            values += [fetch(at(sampler.params, group, t, key)) for group in groups]
         table[f"loss/t{i}"] = float(np.concatenate(values).mean())
     table["loss"] = float(np.mean(list(table.values())))
     return table
@@ -105,9 +106,9 @@ def nearest(sampler: Sampler, source: Folder, per_clip: int = 4, windows: int = 
     latents, captions = [], []
     for record in range(len(source)):
         some, caption = zip(*(source.load(record, clip, rng) for _ in range(windows)), strict=True)
-        latents.append(np.asarray(encode({"video": np.stack(some)})))
+        latents.append(fetch(encode({"video": np.stack(some)})))
         captions.append(caption[0])
-    samples = np.asarray(sampler.latents([caption for caption in captions for _ in range(per_clip)], seed=seed))
+    samples = fetch(sampler.latents([caption for caption in captions for _ in range(per_clip)], seed=seed))
     distance = np.stack([[np.square(z - sample).mean((1, 2, 3, 4)).min() for z in latents] for sample in samples])
     found = rearrange(distance.argmin(-1), "(n k) -> n k", k=per_clip)
     names = [Path(source.name(record)).name for record in range(len(source))]
@@ -164,7 +165,7 @@ class Show:
         vae = self.built.vae
         encode = jax.jit(lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0])
         mean, std = latent_stats(jnp.concatenate([encode(ema["vae"], batch["video"]) for batch in self.batches]))
-        return {"stats": [np.asarray(mean).tolist(), np.asarray(std).tolist()]}
+        return {"stats": [fetch(mean).tolist(), fetch(std).tolist()]}
 
     def images(self, number: int, ema: Params, count: int = 6) -> None:
         """Samples of held-out captions, or reconstructions under their originals, as a contact sheet."""

@@ -8,6 +8,7 @@ callable, so an unknown key is refused with the list of known ones.
 import dataclasses
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, layouts, optim, sharding
+from vgjax import checkpoint, distributed, layouts, optim, sharding
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError
@@ -181,6 +182,12 @@ def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
 def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:
     """The frozen VAE of a flow, kept as `workdir/vae` from the first start on, so that the run never loses it."""
     own = workdir / "vae"
+    if jax.process_count() > 1:  # where one process cannot save alone, the files are copied
+        with distributed.first():
+            if not own.exists():
+                newest = checkpoint.newest(Path(path).absolute())
+                shutil.copytree(newest, own / checkpoint.SUBDIR / newest.name)
+        return frozen_vae(own)
     if (own / checkpoint.SUBDIR).is_dir() and checkpoint.Checkpoints(own / checkpoint.SUBDIR).steps():
         return frozen_vae(own)
     config, frozen = frozen_vae(path)

@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vgjax import checkpoint, experiment, layouts, program, sharding, video
+from vgjax.distributed import fetch
 from vgjax.errors import UserError, door
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import sample_keys
@@ -68,7 +69,7 @@ class Sampler:
         latents = self.latents(captions, **options)
         with self._here():
             decoded = [
-                np.asarray(_decode(vae, self.frozen["vae"], stats, latents[i : i + self.settings.batch]))
+                fetch(_decode(vae, self.frozen["vae"], stats, latents[i : i + self.settings.batch]))
                 for i in range(0, len(latents), self.settings.batch)
             ]
         return np.concatenate(decoded)

@@ -113,13 +113,30 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
 
 
-def place(batch: PyTree, layout: Any, mesh: Mesh) -> PyTree:
-    """A host batch (this process' rows of it) as global arrays, rows split over the layout's `batch` axes."""
+def rows(total: int, layout: Any, mesh: Mesh) -> tuple[int, int]:
+    """(first, end) of the rows of a global batch that this process' devices need."""
+    sharding = NamedSharding(mesh, layout.spec(("batch",), (total,), mesh))
+    parts = [part[0].indices(total)[:2] for part in sharding.addressable_devices_indices_map((total,)).values()]
+    return min(first for first, _ in parts), max(end for _, end in parts)
+
+
+def place(batch: PyTree, layout: Any, mesh: Mesh, total: int = 0) -> PyTree:
+    """A host batch as global arrays of `total` rows (0: its own), split over the layout's `batch` axes.
+
+    In a job of several processes each brings its `rows` alone.
+    """
 
     def one(leaf: Any) -> Array:
-        names = ("batch",) + (None,) * (leaf.ndim - 1)
-        spec = layout.spec(names, (leaf.shape[0] * jax.process_count(), *leaf.shape[1:]), mesh)
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), leaf)
+        count = total or leaf.shape[0]
+        first, _ = rows(count, layout, mesh) if count != leaf.shape[0] else (0, count)
+        shape = (count, *leaf.shape[1:])
+        sharding = NamedSharding(mesh, layout.spec(("batch",) + (None,) * (leaf.ndim - 1), shape, mesh))
+
+        def part(index: tuple[slice, ...]) -> Any:
+            start, stop, _ = index[0].indices(count)
+            return leaf[start - first : stop - first]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(one, batch)
 

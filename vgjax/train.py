@@ -9,16 +9,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import signal
-import threading
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vgjax import checkpoint, encode, evaluate, experiment, flops, layouts, program, sharding, state, step
+from vgjax import checkpoint, distributed, encode, evaluate, experiment, flops, layouts, program, sharding, state, step
 from vgjax.data import pipeline
 from vgjax.data.sources import Latents
 from vgjax.errors import Diverged, Preempted, UserError, door
@@ -31,7 +30,10 @@ USAGE = "usage: python -m vgjax.train --config configs/quickstart.py:vae --workd
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The `train` section: how long, how often. A period of 0 means never."""
+    """The `train` section: how long, how often. A period of 0 means never.
+
+    `watchdog`: seconds without a step after which the process prints its stacks and ends, to be restarted.
+    """
 
     steps: int
     batch: int
@@ -42,10 +44,12 @@ class Schedule:
     keep_last: int = 3
     keep_every: int = 0
     max_dropped: int = 10
+    watchdog: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            floor = 0 if field.name.endswith("_every") and field.name not in ("log_every", "save_every") else 1
+            may_be_0 = field.name == "watchdog" or field.name.endswith("_every")
+            floor = 0 if may_be_0 and field.name not in ("log_every", "save_every") else 1
             if getattr(self, field.name) < floor:
                 raise UserError(f"config.train.{field.name}={getattr(self, field.name)} must be at least {floor}")
 
@@ -63,7 +67,8 @@ class Watch:
 
     def look(self) -> None:
         number, ids, dropped, in_a_row = self.pending.popleft()
-        if float(dropped[0]):
+        dropped, in_a_row = jax.device_get((dropped, in_a_row))
+        if dropped[0]:
             self.log.event(number, "dropped", f"step {number} was not finite and is dropped; sample ids {ids.tolist()}")
             if int(in_a_row[0]) >= self.limit:
                 raise Diverged(
@@ -78,25 +83,32 @@ class Watch:
 
 @door
 def main(argv: list[str]) -> None:
+    distributed.join()
     config, defaults, folder = program.read_config(argv, USAGE)
     workdir = program.workdir(folder)
     changed = experiment.difference(config, defaults)
-    print("\n".join(["config, as changed from the file:", *changed] if changed else ["config: the file's defaults"]))
+    if jax.process_index() == 0:
+        print(
+            "\n".join(["config, as changed from the file:", *changed] if changed else ["config: the file's defaults"])
+        )
     config = experiment.resolve(config, workdir)
     plan = experiment.call("config.train", Schedule, config.train)
     layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
+    ready = distributed.preflight(config.to_dict(), checkpoint.versions(), mesh)
     of_vae, frozen = experiment.own_vae(config.vae, workdir) if config.objective.get("kind") == "flow" else (None, {})
     built = experiment.build(config, of_vae)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    if jax.process_index() == 0:
+        print(ready, flush=True)
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     with sharding.use(layout, mesh):
         run(built, plan, frozen, workdir, layout, mesh)
 
 
 def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
     config, objective = built.config, built.objective
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop = distributed.Stop()
     source, how = open_data(built, plan, frozen, workdir)
+    rows = sharding.rows(plan.batch, layout, mesh)
 
     # 1. The state: abstract from one real batch, then restored, or born with its shardings.
     some = list(itertools.islice(pipeline.batches(source, **how), 4))
@@ -122,15 +134,18 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
         checkpoints.save(number, now, meta, wait=wait)
 
     # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
-    with log, contextlib.closing(pipeline.batches(source, **how, start_step=start)) as batches, checkpoints:
+    dog, own = distributed.Watchdog(plan.watchdog), pipeline.batches(source, **how, start_step=start, rows=rows)
+    with log, contextlib.closing(own) as batches, checkpoints:
         for number in range(start + 1, plan.steps + 1):
             with log.waiting():
                 raw = next(batches)
-            now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh))
+            with dog.pause() if number == start + 1 else contextlib.nullcontext():  # the first step compiles
+                now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh, plan.batch))
             watch.add(number, raw["id"], metrics)
             log.step(number, metrics)
-            last, stopping = number == plan.steps, stop.is_set()
-            with log.pause() if last or stopping or _due(number, plan) else contextlib.nullcontext():
+            dog.beat()
+            last, stopping = number == plan.steps, stop.after(number)
+            with _aside(log, dog) if last or stopping or _due(number, plan) else contextlib.nullcontext():
                 if last or (plan.image_every and number % plan.image_every == 0):
                     show.images(number, now.ema)
                 if plan.evaluate_every and number % plan.evaluate_every == 0:
@@ -140,7 +155,9 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
                     save(wait=last or stopping)
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
-    print(f"done: step {plan.steps}, state digest {checkpoint.digest(now)}")
+    digest = checkpoint.digest(now)  # all processes: it gathers
+    if jax.process_index() == 0:
+        print(f"done: step {plan.steps}, state digest {digest}")
 
 
 def open_data(
@@ -148,7 +165,9 @@ def open_data(
 ) -> tuple[Any, dict[str, Any]]:
     """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
     config, data = built.config, built.config.data
-    source, bad = experiment.source(config), workdir / "bad_files.jsonl"
+    with distributed.first():  # it may render
+        source = experiment.source(config)
+    bad = workdir / f"bad_files{jax.process_index() or ''}.jsonl"
     how = {
         "seed": config.seed,
         "batch": plan.batch,
@@ -162,6 +181,11 @@ def open_data(
         "max_bad": data.get("max_bad", 0.1),
     }
     if isinstance(built.objective, FlowObjective) and config.latents:
+        if jax.process_count() > 1 and not Path(config.latents).exists():
+            raise UserError(
+                f"config.latents={config.latents} does not exist: a job of several processes reads latents that "
+                "`python -m vgjax.encode` wrote before"
+            )
         encode.ensure(source, config, built.vae, frozen, Path(config.latents), bad)
         source, how["workers"] = Latents(Path(config.latents)), 0
     return source, how
@@ -188,6 +212,13 @@ def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract
         "flops": flops.training(forward),
         "peak": total,
     }
+
+
+@contextlib.contextmanager
+def _aside(log: Log, dog: distributed.Watchdog) -> Iterator[None]:
+    """Neither the step clock nor the watchdog looks at what is shown and saved."""
+    with log.pause(), dog.pause():
+        yield
 
 
 def _due(number: int, plan: Schedule) -> bool:

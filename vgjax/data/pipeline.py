@@ -51,9 +51,11 @@ def batches(
     bad_files: str | Path | None = None,
     max_bad: float | int = 0.1,
     timeout_s: float | int = 300.0,
+    rows: tuple[int, int] | None = None,
 ) -> "Batches":
     """Endless batches from `start_step` on: video uint8 `b t h w c` or latent f32, text, mask, index, id.
 
+    `rows` (first, end) gives only these rows of every batch, those that a process of several needs.
     `frames`, `size` (height, width) and `fps` are for videos; latents are what they are. With `workers` each batch is
     loaded in one of as many processes, otherwise in `threads` of this one. A record that can't be used is replaced by
     the next one and listed in `bad_files`; more than `max_bad` of the source raises UserError. A worker that dies is
@@ -82,7 +84,13 @@ def batches(
     bad.check(max_bad)
     load = Load(source, Clip(frames, size, fps), tokenizer, drop_caption, seed, bad, max_bad)
     # Batched before it becomes an iterator: batching after it loses batches under mp_prefetch.
-    endless = grain.MapDataset.range(sys.maxsize).map(load).batch(batch)
+    first, end = rows or (0, batch)
+    if not 0 <= first < end <= batch:
+        raise UserError(f"rows {first} to {end} are not of a batch of {batch}")
+    numbers = grain.MapDataset.range(sys.maxsize)
+    if end - first < batch:
+        numbers = numbers.map(functools.partial(_of_rows, batch, first, end - first))
+    endless = numbers.map(load).batch(end - first)
     return Batches(endless, start_step, workers, threads, timeout_s, bad)
 
 
@@ -135,6 +143,11 @@ class Batches(Iterator[Batch]):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _of_rows(batch: int, first: int, count: int, number: int) -> int:
+    """The global sample number of the `number`th sample in rows `first` to `first + count` of every batch."""
+    return int(number) // count * batch + first + int(number) % count
 
 
 def _parse_flags() -> None:

@@ -1,0 +1,143 @@
+"""Several processes as one job: how they find each other, agree, stop together and never hang.
+
+A launcher says where the job is: VGJAX_COORDINATOR=host:port, VGJAX_PROCESSES and VGJAX_PROCESS, or
+VGJAX_COORDINATOR=auto where JAX finds that out by itself (TPU pods, SLURM, GKE, MPI). Without it a process is alone.
+"""
+
+import faulthandler
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vgjax.errors import HUNG, UserError
+
+VARIABLES = ("VGJAX_COORDINATOR", "VGJAX_PROCESSES", "VGJAX_PROCESS")
+
+
+def join() -> None:
+    """Joins the job that the environment describes, before JAX touches a device; alone, does nothing."""
+    where, count, own = (os.environ.get(name, "") for name in VARIABLES)
+    if not where:
+        return
+    if where == "auto":
+        jax.distributed.initialize()
+        return
+    if not (":" in where and count.isdigit() and own.isdigit() and int(own) < int(count)):
+        given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in VARIABLES)
+        raise UserError(f"{given}: write host:port, the number of processes, and this one's from 0 on")
+    jax.distributed.initialize(where, int(count), int(own))
+
+
+def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:
+    """One line on devices, mesh and versions; UserError where a process has other code or config than the first."""
+    said = {"config": config, "code": code(), "versions": versions}
+    digests = [
+        hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).digest()[:8] for part in said.values()
+    ]
+    if jax.process_count() > 1:
+        own = np.frombuffer(b"".join(digests), np.uint32).reshape(len(said), 2)
+        seen = np.asarray(multihost_utils.process_allgather(own))
+        for i, part in enumerate(said):
+            other = [process for process in range(len(seen)) if (seen[process, i] != seen[0, i]).any()]
+            if other:
+                raise UserError(
+                    f"process {other[0]} has another {part} than process 0 ({len(other)} of {len(seen)} differ): start "
+                    "the same commit, environment and command everywhere"
+                )
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{mesh.size} {'/'.join(kinds)} in {jax.process_count()} process(es), mesh {sizes}; {packages}"
+
+
+def code() -> str:
+    """sha256 of the package's own sources."""
+    total = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """Process 0 goes through the block before the others: for what is made once on a shared disk."""
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("first")
+        yield
+        return
+    yield
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first")
+
+
+class Stop:
+    """Whether the scheduler asked to stop (SIGTERM): in a job all processes hear of it and agree on one step."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        if jax.process_count() == 1:  # else JAX's coordination service holds the signal
+            signal.signal(signal.SIGTERM, lambda *_: self.event.set())
+
+    def after(self, step: int) -> bool:
+        """True after the step that all processes save; to be asked at every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.event.set()
+        return self.event.is_set()
+
+
+class Watchdog:
+    """Ends a process that does nothing for `limit` seconds (0: never): prints every stack and exits with HUNG.
+
+    A process that waits for a dead or stuck one does nothing either, so the whole job ends and can be restarted.
+    """
+
+    def __init__(self, limit: float | int):
+        self.limit, self.last, self.paused = limit, time.monotonic(), 0
+        if limit:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self) -> None:
+        """A step is done."""
+        self.last = time.monotonic()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what may take long without being stuck: compiling, sampling, saving."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+            self.beat()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self.limit / 4))
+            if not self.paused and time.monotonic() - self.last > self.limit:
+                where = f"process {jax.process_index()} of {jax.process_count()}"
+                print(f"error: {where} did nothing for {self.limit:g} s; its stacks:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                os._exit(HUNG)
+
+
+def fetch(tree: Any) -> Any:
+    """The tree as numpy arrays on every process, wherever its parts lie."""
+
+    def one(leaf: Any) -> np.ndarray:
+        if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(one, tree)
