@@ -24,7 +24,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.optim = dict(
             kind="muon", lr=2.5e-3, schedule="cosine", warmup=20, final=0.02, clip=1.0, ema=0.99, accumulate=1
         )
-        config.train = dict(steps=600, batch=8, log_every=20, image_every=200, save_every=100, max_dropped=10)
+        config.train = dict(steps=250, batch=8, log_every=10, image_every=250, save_every=125, max_dropped=10)
     elif arg == "dit":
         config.objective = dict(kind="flow", precondition=True, bins=4)
         config.model = dict(kind="mmdit", size="quickstart")
@@ -38,7 +38,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.optim = dict(
             kind="muon", lr=3e-3, schedule="cosine", warmup=20, final=0.0, clip=1.0, ema=0.99, accumulate=1
         )
-        config.train = dict(steps=400, batch=8, log_every=20, image_every=200, save_every=100, max_dropped=10)
+        config.train = dict(steps=300, batch=8, log_every=10, image_every=300, save_every=150, max_dropped=10)
         config.evaluate.nearest = True
         config.sample = dict(steps=30, cfg=2.0)
     else:
