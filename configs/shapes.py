@@ -18,7 +18,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         kind="shapes",
         world="full",
         path="{workdir}/../data",
-        count=20000,
+        count=40000,
         held_out=128,
         frames=9,
         size=(32, 32),
@@ -47,7 +47,9 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.evaluate = dict(clips=64, path="")
     elif arg == "dit":
         config.objective = dict(kind="flow", precondition=True, bins=4)
-        config.model = dict(kind="mmdit", size="quickstart")
+        # A token is one place over all three latent frames: at the same number of tokens, twice as fine in space. Half
+        # the width makes steps that are a third faster. Together these learn shapes and motions several times sooner.
+        config.model = dict(kind="mmdit", size="quickstart", dim=128, heads=4, patch=(3, 1, 1))
         config.tokenizer = dict(kind="words", length=20)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
         config.time = dict(kind="uniform")
@@ -67,11 +69,11 @@ def get_config(arg: str = "dit") -> ConfigDict:
             accumulate=1,
         )
         config.train = dict(
-            steps=24000,
+            steps=40000,
             batch=16,
             log_every=50,
-            image_every=4000,
-            evaluate_every=4000,
+            image_every=8000,
+            evaluate_every=5000,
             save_every=500,
             keep_last=3,
             keep_every=0,

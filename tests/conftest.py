@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # The suite compiles far more than it computes: without LLVM's optimizations it compiles three times faster.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["PJRT_NPROC"] = "64"  # threads: see program.start
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "vgjax-test-cache"))

@@ -16,6 +16,10 @@ def start(cache: bool = True) -> None:
     """Keeps compiled programs across starts (JAX_COMPILATION_CACHE_DIR, default ~/.cache/vgjax), so that a restart of
     a job costs seconds, not a compilation. Without `cache` not: a program for absent devices cannot be read back."""
     jax.config.update("jax_enable_compilation_cache", cache)
+    if (devices := jax.config.jax_num_cpu_devices) > 1:
+        # A virtual device keeps a thread for every collective it waits in. With one thread a device (XLA's default on
+        # few cores) two collectives at a time wait for each other, and the process aborts after 40 seconds.
+        os.environ.setdefault("PJRT_NPROC", str(8 * devices))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vgjax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
