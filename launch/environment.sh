@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other launchers: `install EXTRA` makes the virtual environment and installs vgjax with that extra.
 # A stamp of pyproject.toml makes the second start immediate.
 install() {
@@ -27,4 +28,16 @@ accelerator() {
 # page: keeping them, in huge pages, makes the step a third faster (benchmarks/step.py). A value of your own is kept.
 keep_memory() {
   export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=1000000000}
+}
+
+# Compiler flags of an accelerator (tpu, cuda), from the table in launch/xla_flags; what you set yourself wins.
+xla_flags() {
+  local kind variable value _reason
+  while read -r kind variable value _reason; do
+    [ "$kind" = "$1" ] || continue
+    case $value in
+      --*) export "$variable=$value${!variable:+ ${!variable}}" ;;
+      *) export "$variable=${!variable-$value}" ;;
+    esac
+  done <launch/xla_flags
 }

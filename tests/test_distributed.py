@@ -1,0 +1,171 @@
+"""Several processes are one run: the same losses, one step saved on SIGTERM, exact resume after a kill, no hang."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from vgjax.errors import HUNG, PREEMPTED, USER
+
+sys.path.insert(0, str(ROOT / "launch"))
+from local import free_port  # noqa: E402
+
+LONG = "--config.train.steps=100000"
+
+
+class Job:
+    """Processes that train `tests/tiny.py:dit` together; `script` is run in the place of `-m vgjax.train`."""
+
+    def __init__(self, workdir, processes, *flags, devices=1, own=None, script=None):
+        port, self.workdir = free_port(), workdir
+        start = ["-c", script] if script else ["-m", "vgjax.train"]
+        self.processes = []
+        for i in range(processes):
+            where = {"VGJAX_COORDINATOR": f"127.0.0.1:{port}", "VGJAX_PROCESSES": str(processes)}
+            here = {"VGJAX_PROCESS": str(i), "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+            layout = [f"--config.layout.devices={processes * devices}", "--config.layout.kind=fsdp"]
+            command = [sys.executable, *start, "--config", "tests/tiny.py:dit", "--workdir", workdir, *layout, *flags]
+            self.processes.append(
+                subprocess.Popen(
+                    [*map(str, command), *(own or {}).get(i, [])], cwd=ROOT, env={**os.environ, **where, **here},
+                    stdout=open(workdir.parent / f"log{i}", "w"), stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+
+    def wait(self, limit=120):
+        """The exit codes."""
+        try:
+            return [process.wait(limit) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def until(self, ready, limit=120):
+        """Waits until something is true of the workdir."""
+        end = time.monotonic() + limit
+        while not ready():
+            if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
+                self.kill()
+                pytest.fail("".join(self.said(i)[-3000:] for i in range(len(self.processes))))
+            time.sleep(0.02)
+
+    def said(self, i):
+        return (self.workdir.parent / f"log{i}").read_text()
+
+    def steps(self):
+        return sorted(int(path.name) for path in (self.workdir / "checkpoints").glob("[0-9]*"))
+
+    def logged(self):
+        file = self.workdir / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def digest(self):
+        return re.search(r"state digest (\w{64})", self.said(0))[1]
+
+
+@pytest.fixture
+def prepared(trained, tmp_path):
+    """A workdir beside a VAE, data and latents of its own."""
+    for part in ("vae", "data", "latents"):
+        shutil.copytree(trained / part, tmp_path / part)
+    meta = tmp_path / "latents" / "meta.json"
+    meta.write_text(meta.read_text().replace(str(trained), str(tmp_path)))
+    return tmp_path / "dit"
+
+
+def losses(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return np.array([record["loss"] for record in records])
+
+
+@pytest.mark.parametrize("processes,devices", [(2, 2), (4, 1)])
+def test_a_job_of_several_processes_has_the_losses_of_one(trained, prepared, processes, devices):
+    job = Job(prepared, processes, devices=devices)
+    assert job.wait() == [0] * processes, job.said(0)[-3000:]
+    np.testing.assert_allclose(losses(prepared), losses(trained / "dit"), rtol=1e-5)
+
+
+def test_a_process_killed_at_random_and_the_job_restarted_end_in_the_same_bits(prepared):
+    flags = ["--config.train.steps=12", "--config.train.save_every=2"]
+    whole = Job(prepared, 2, *flags)
+    assert whole.wait() == [0, 0], whole.said(0)[-3000:]
+    expected, rng = whole.digest(), random.Random(0)
+    for _ in range(3):
+        shutil.rmtree(prepared)
+        first, at = Job(prepared, 2, *flags), rng.randint(1, 10)
+        first.until(lambda job=first, at=at: job.logged() >= at)
+        rng.choice(first.processes).kill()
+        time.sleep(rng.uniform(0, 0.5))
+        first.kill()
+        again = Job(prepared, 2, *flags)
+        assert again.wait() == [0, 0], again.said(0)[-3000:]
+        assert again.digest() == expected
+
+
+def test_sigterm_to_one_process_saves_one_step_of_all(prepared):
+    job = Job(prepared, 2, LONG, "--config.train.save_every=100000")
+    job.until(lambda: job.logged() >= 3)
+    told = time.monotonic()
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.wait() == [PREEMPTED, PREEMPTED], job.said(0)[-3000:]
+    assert time.monotonic() - told < 10  # five seconds, and the end of two Pythons on shared cores
+    (step,) = job.steps()
+    for i in range(2):
+        assert f"step {step} is saved" in job.said(i)
+
+
+# Process 1 stops to read data after three batches, for ever.
+STUCK = """
+import os, time
+from vgjax import program, train
+from vgjax.data import pipeline
+real = pipeline.batches
+def batches(*args, **rest):
+    for i, batch in enumerate(real(*args, **rest)):
+        if i == 3 and rest.get("start_step") is not None and os.environ["VGJAX_PROCESS"] == "1":
+            time.sleep(1000)
+        yield batch
+pipeline.batches = batches
+program.start()
+train.main(["train", *__import__("sys").argv[1:]])
+"""
+
+
+def test_when_one_process_hangs_all_print_their_stacks_and_end_with_a_restartable_code(prepared):
+    limit = 6
+    job = Job(prepared, 2, LONG, f"--config.train.watchdog={limit}.0", script=STUCK)
+    job.until(lambda: job.logged() >= 3)
+    since = time.monotonic()
+    assert job.wait() == [HUNG, HUNG], job.said(0)[-3000:]
+    assert time.monotonic() - since < limit + 4
+    for i in range(2):
+        assert f"process {i} of 2 did nothing for {limit} s" in job.said(i)
+        assert "Current thread" in job.said(i) or "Thread 0x" in job.said(i)
+
+
+def test_a_process_with_another_config_is_named_and_nothing_starts(prepared):
+    job = Job(prepared, 2, own={1: ["--config.optim.lr=0.5"]})
+    assert job.wait() == [USER, USER]
+    for i in range(2):
+        assert "process 1 has another config than process 0" in job.said(i)
+    assert not job.steps()
+
+
+def test_a_job_without_latents_says_how_to_make_them(prepared):
+    shutil.rmtree(prepared.parent / "latents")
+    job = Job(prepared, 2)
+    assert job.wait() == [USER, USER]
+    assert "vgjax.encode" in job.said(0)
