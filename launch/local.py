@@ -4,8 +4,8 @@
     python launch/local.py 2 vgjax.train --config configs/mmdit.py:s --workdir runs/s --config.layout.kind=fsdp
 
 Every line comes with the number of its process in front. SIGTERM is passed on, so that all processes save the same step
-and end. When one ends badly the rest are ended too, and where its exit code says that a restart may help (see
-`vgjax/errors.py`, or a signal), all are started again, at most --restarts times.
+and end; a second one ends them at once. When one ends badly the rest are ended too, and where its exit code says that a
+restart may help (see `vgjax/errors.py`, or a signal), all are started again, at most --restarts times.
 """
 
 import argparse
@@ -31,19 +31,19 @@ def main() -> int:
     args, rest = parser.parse_known_args()
     if args.processes < 1:
         parser.error(f"{args.processes} processes: at least 1 is needed")
-    stopping = threading.Event()
+    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, lambda number, _: asked.append(number))
     for left in range(args.restarts, -1, -1):
-        code = run(args.processes, [sys.executable, "-m", args.module, *rest], stopping, args.grace)
-        again = left and not stopping.is_set() and (code < 0 or code in RESTARTABLE)
+        code = run(args.processes, [sys.executable, "-m", args.module, *rest], asked, args.grace)
+        again = left and not asked and (code < 0 or code in RESTARTABLE)
         if code == 0 or not again:
             return code if code >= 0 else 128 - code
         print(f"a process ended with {code}: starting all again, {left} times at most", file=sys.stderr, flush=True)
     return code
 
 
-def run(count: int, command: list[str], stopping: threading.Event, grace: float) -> int:
+def run(count: int, command: list[str], asked: list[int], grace: float) -> int:
     """Starts the processes and waits for them: 0, or the exit code of the first that ended otherwise."""
     where = {"VGJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "VGJAX_PROCESSES": str(count)}
     processes, relays = [], []
@@ -55,13 +55,13 @@ def run(count: int, command: list[str], stopping: threading.Event, grace: float)
         processes.append(process)
         relays.append(threading.Thread(target=relay, args=(process, i), daemon=True))
         relays[-1].start()
-    told, first, died = False, 0, 0.0
+    told, first, died = 0, 0, 0.0
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]
-        if stopping.is_set() and not told:
-            told = True
+        if len(asked) > told:
+            told = len(asked)
             for process in processes:
-                process.terminate()
+                process.terminate() if told == 1 else process.kill()
         ended = [code for code in codes if code]
         # Preempted processes end by themselves, one after the other.
         if ended and not first:

@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
-from vgjax.distributed import fetch
+from vgjax.distributed import fetch, first
 from vgjax.errors import StorageError, UserError
 from vgjax.storage import MANIFEST, fsync, reason, seal, sealed, verify, writing
 from vgjax.typing import PyTree
@@ -51,12 +51,13 @@ class Checkpoints:
         self.keep_last, self.keep_every = keep_last, keep_every
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
-        if jax.process_index() == 0:
-            with writing(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                (self.directory / ".probe").touch()  # an unwritable directory is told now, not after the first save
-                (self.directory / ".probe").unlink()
-                self._sweep()
+        with first():
+            if jax.process_index() == 0:
+                with writing(self.directory):
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    (self.directory / ".probe").touch()  # an unwritable directory is told now, not after the first save
+                    (self.directory / ".probe").unlink()
+                    self._sweep()
 
     def steps(self) -> list[int]:
         """Finished steps, oldest first; whether they are undamaged is known after `restore`."""
@@ -182,7 +183,9 @@ def load(path: str | os.PathLike, items: str | Sequence[str] | None = None) -> t
     names = list(stored) if items is None else [items] if isinstance(items, str) else list(items)
     if absent := sorted(set(names) - set(stored)):
         raise UserError(f"checkpoint {folder} has no {', '.join(absent)}; it has {', '.join(sorted(stored))}")
-    tree = _read(folder, {name: stored[name] for name in names}, partial=True)
+    # The device that a leaf was saved from may be another process's.
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
+    tree = _read(folder, {name: wanted[name] for name in names}, partial=True)
     meta = json.loads((folder / META).read_text())
     return (tree[items] if isinstance(items, str) else tree), meta, meta["step"]
 

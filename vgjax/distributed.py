@@ -8,6 +8,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,9 +22,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vgjax.errors import HUNG, UserError
+from vgjax import errors
+from vgjax.errors import CRASH, HUNG, PeerLost, UserError
 
 VARIABLES = ("VGJAX_COORDINATOR", "VGJAX_PROCESSES", "VGJAX_PROCESS")
+HEARTBEAT = 30  # seconds of silence after which a process counts as dead
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|coordination service|preempted", re.IGNORECASE)
+LAST_WORDS = 1.0  # seconds that process 0, on which the others hang, lets them print why they end
 
 
 def join() -> None:
@@ -32,12 +37,49 @@ def join() -> None:
     if not where:
         return
     if where == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        _fail_alone()
         return
     if not (":" in where and count.isdigit() and own.isdigit() and int(own) < int(count)):
         given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in VARIABLES)
         raise UserError(f"{given}: write host:port, the number of processes, and this one's from 0 on")
-    jax.distributed.initialize(where, int(count), int(own))
+    jax.distributed.initialize(where, int(count), int(own), heartbeat_timeout_seconds=HEARTBEAT)
+    _fail_alone()
+
+
+def _fail_alone() -> None:
+    """A failed process of a job ends at once: a clean exit waits for all others, which wait for it."""
+
+    def leave(code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(LAST_WORDS)
+        os._exit(code)
+
+    def crash(*error: Any) -> None:
+        sys.__excepthook__(*error)
+        leave(CRASH)
+
+    if jax.process_count() > 1:
+        errors.leave, sys.excepthook = leave, crash
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Around steps: an error that comes of another process's end is said as that, with a code that restarts."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and LOST.search(str(error)):
+            raise PeerLost(
+                f"process {jax.process_index()} lost another process of the job, see their output: {_first(error)}"
+            ) from error
+        raise
+
+
+def _first(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:
@@ -124,12 +166,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(min(1.0, self.limit / 4))
+            time.sleep(min(0.25, self.limit / 4))
             if not self.paused and time.monotonic() - self.last > self.limit:
                 where = f"process {jax.process_index()} of {jax.process_count()}"
                 print(f"error: {where} did nothing for {self.limit:g} s; its stacks:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-                os._exit(HUNG)
+                errors.leave(HUNG) if jax.process_count() > 1 else os._exit(HUNG)
 
 
 def fetch(tree: Any) -> Any:

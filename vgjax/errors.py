@@ -19,6 +19,9 @@ HUNG = 6  # nothing happened for too long, here or in another process of the job
 PREEMPTED = 75  # state saved after SIGTERM: start the same command again (EX_TEMPFAIL)
 RESTARTABLE = (LOADER, HUNG, PREEMPTED)
 
+# How a failed process ends; a job of several processes sets another way, that does not wait for the rest of it.
+leave: Callable[[int], None] = sys.exit
+
 
 class UserError(ValueError):
     """Bad input or configuration, said in one sentence."""
@@ -44,6 +47,12 @@ class LoaderError(UserError):
     code = LOADER
 
 
+class PeerLost(UserError):
+    """Another process of the job is gone."""
+
+    code = HUNG
+
+
 class Preempted(UserError):
     """The scheduler asked to stop; everything is saved."""
 
@@ -63,6 +72,8 @@ def door(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None]
         except KeyboardInterrupt:
             print("error: interrupted; start the same command again to continue", file=sys.stderr, flush=True)
             code = 130
+        if code not in (OK, PREEMPTED):
+            leave(code)
         sys.exit(code)
 
     return run

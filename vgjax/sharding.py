@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -142,8 +143,13 @@ def place(batch: PyTree, layout: Any, mesh: Mesh, total: int = 0) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The tree whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The tree, which every process holds, whole on every device of all processes."""
+
+    def one(leaf: Any) -> Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, NamedSharding(mesh, PartitionSpec()), lambda index: host[index])
+
+    return jax.tree.map(one, tree)
 
 
 def unboxed(tree: PyTree) -> PyTree:

@@ -135,7 +135,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
     # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
     dog, own = distributed.Watchdog(plan.watchdog), pipeline.batches(source, **how, start_step=start, rows=rows)
-    with log, contextlib.closing(own) as batches, checkpoints:
+    with log, contextlib.closing(own) as batches, checkpoints, distributed.peers():
         for number in range(start + 1, plan.steps + 1):
             with log.waiting():
                 raw = next(batches)
