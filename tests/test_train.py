@@ -136,6 +136,8 @@ REFUSED = {
     "missing config": (["--config", "configs/nope.py"], "there is no such file"),
     "no config": ([], "--config is missing"),
     "unknown key": (["--config", "tests/tiny.py:vae", "--config.optim.lrr=1"], "config.optim.lrr is unknown: known"),
+    "unknown option": (["--config", "tests/tiny.py:vae", "--config.layout.tenor=2"], "config.layout.tenor is unknown"),
+    "mistyped option": (["--config", "tests/tiny.py:vae", "--config.layout.tensor=two"], "must be of type int"),
     "mistyped value": (["--config", "tests/tiny.py:vae", "--config.optim.lr=fast"], "could not convert"),
     "unknown flag": (["--config", "tests/tiny.py:vae", "--wrkdir=x"], "wrkdir"),
     "size": (["--config", "tests/tiny.py:vae", "--config.data.size=(18,18)"], "nearest height that works is"),

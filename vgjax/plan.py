@@ -113,6 +113,11 @@ def adapt(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
     return config
 
 
+def vae_of(args: argparse.Namespace) -> ConfigDict:
+    """The config of the VAE whose latents are trained on."""
+    return ConfigDict({"model": {"kind": "causal_vae", "size": args.vae}})
+
+
 def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespace) -> Row:
     """One layout, at the config's batch or, with --search, at the largest that fits."""
     if not args.search:
@@ -144,7 +149,7 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     row = Row(kind, dict(mesh.shape), False, available=where.chip.memory / where.chip.devices)
     start = time.perf_counter()
     config.layout.kind = kind
-    built = experiment.build(config, ConfigDict({"model": {"kind": "causal_vae", "size": args.vae}}))
+    built = experiment.build(config, vae_of(args))
     row = dataclasses.replace(row, model_flops=model_flops(built, args.job))
     with sharding.use(layout, mesh):
         job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))

@@ -1,15 +1,21 @@
 """What every entry point does first: process-wide settings, and the command line of a config."""
 
+import ast
 import itertools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vgjax.errors import UserError
+
+# Sections whose options are checked, before anything starts, against what they configure: a flag may set one that the
+# file leaves alone.
+OPEN = ("layout", "model", "objective", "shift", "text", "time", "tokenizer", "train")
 
 
 def start(cache: bool = True) -> None:
@@ -30,7 +36,9 @@ def start(cache: bool = True) -> None:
 def read_config(argv: list[str], usage: str, workdir: bool = True) -> tuple[ConfigDict, ConfigDict, str | None]:
     """(config, the file's own values, workdir) of `--config FILE[:ARG] [--config.key=value ...] --workdir DIR`.
 
-    Without `workdir` that flag may be missing.
+    A flag may also set an option of an `OPEN` section that the file does not name, written with `=`; `experiment.call`
+    refuses what is no option. `--config.layout=NAME` is short for its `kind`. Without `workdir` that flag may be
+    missing.
     """
     named = [(arg, after) for arg, after in itertools.pairwise([*argv[1:], ""]) if re.match(r"--?config(=|$)", arg)]
     if not named:
@@ -39,9 +47,11 @@ def read_config(argv: list[str], usage: str, workdir: bool = True) -> tuple[Conf
     if not Path(re.sub(r"(\.py):.*$", r"\1", spec)).is_file():
         raise UserError(f"--config {spec}: there is no such file; {usage}")
     defaults, _ = _parse([argv[0], "--config", spec], usage)
-    for key in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv[1:])):
-        _check_known(defaults, key)
-    config, flagset = _parse(argv, usage)
+    rest, added = _sorted(argv[1:], defaults)
+    config, flagset = _parse([argv[0], *rest], usage)
+    with config.unlocked():
+        for section, option, value in added:
+            config[section][option] = value
     if workdir and not flagset.workdir:
         raise UserError(f"command line: --workdir is missing; {usage}")
     return config, defaults, flagset.workdir
@@ -75,6 +85,28 @@ def _parse(argv: list[str], usage: str) -> tuple[ConfigDict, flags.FlagValues]:
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config returned a {type(config).__name__}: it must return a ConfigDict")
     return config, flagset
+
+
+def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tuple[str, str, Any]]]:
+    """(flags of keys that the file has, and all else; section, option and value of those it leaves alone)."""
+    rest, added = [], []
+    for arg in (re.sub(r"^--?config\.layout=", "--config.layout.kind=", arg) for arg in args):
+        key, equals, value = re.fullmatch(r"(?:--?config\.([\w.]+))?(=?)(.*)", arg, re.DOTALL).groups()
+        section, _, option = (key or "").partition(".")
+        if equals and section in OPEN and option.isidentifier() and option not in defaults.get(section, {option: 0}):
+            added.append((section, option, _value(value)))
+            continue
+        if key:
+            _check_known(defaults, key)
+        rest.append(arg)
+    return rest, added
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _check_known(config: ConfigDict, key: str) -> None:

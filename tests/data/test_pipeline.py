@@ -110,6 +110,18 @@ def test_batches_depend_on_seed_and_step_alone_not_on_workers_or_resuming(folder
         assert same(take(batches(source, **OPTIONS, start_step=3, workers=workers), 6), whole[3:])
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_rows_of_several_processes_and_batches_of_one_are_the_samples_of_the_whole(folder, count):
+    whole = take(batches(Folder(folder), **OPTIONS, start_step=2), 3)
+    parts = [take(batches(Folder(folder), **OPTIONS, start_step=2, rows=(i, i + count)), 3) for i in range(0, 4, count)]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)
+    ]
+    assert same(joined, whole)
+    ones = take(batches(Folder(folder), **OPTIONS | {"batch": 1}, start_step=8), 12)
+    assert same(ones, [{name: rows[i : i + 1] for name, rows in batch.items()} for batch in whole for i in range(4)])
+
+
 def test_every_epoch_shows_every_record_once_in_another_order_with_other_windows_and_crops(folder):
     taken = take(batches(Folder(folder), **OPTIONS | {"batch": 7}), 12)
     ids = np.stack([batch["id"] for batch in taken])

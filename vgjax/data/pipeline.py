@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -87,7 +86,7 @@ def batches(
     first, end = rows or (0, batch)
     if not 0 <= first < end <= batch:
         raise UserError(f"rows {first} to {end} are not of a batch of {batch}")
-    numbers = grain.MapDataset.range(sys.maxsize)
+    numbers = grain.MapDataset.range(2**62)  # sys.maxsize is rounded up past itself in batches of one
     if end - first < batch:
         numbers = numbers.map(functools.partial(_of_rows, batch, first, end - first))
     endless = numbers.map(load).batch(end - first)

@@ -27,8 +27,8 @@ TOLERANCE = 110  # largest distance of an object's colour from the one it is nam
 SMALLEST = 0.008  # of the frame's area: anything smaller is dirt; the world's smallest object has 0.02
 STEADY = 0.85  # the share of frames in which an object must be there, with its colour and shape
 OVERLAP = 0.8  # smallest intersection over union of a tube with the shape it is named after
-MOVED = 0.1  # of the frame: the world's objects travel 0.18 and more
-GREW = np.log(1.3)  # of the diameter: the world's objects grow by 1.6 and more
+MOVED = 0.1  # of the frame: the world's objects travel 0.16 and more
+GREW = np.log(1.3)  # of the diameter: the world's objects grow by 1.5 and more
 JITTER = 0.05  # rms distance of the centre from its straight line, of the frame
 
 
