@@ -52,7 +52,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         config.model = dict(kind="mmdit", size="quickstart", dim=128, heads=4, patch=(3, 1, 1))
         config.tokenizer = dict(kind="words", length=20)
         config.text = dict(dim=128, blocks=1, heads=4, pooled=128)
-        # What is where is decided while noise is most of the picture: with the shift, half of the times lie in 0.14-0.41.
+        # What is where is decided while most of the picture is noise: half of the shifted times lie in 0.14 to 0.41.
         config.time = dict(kind="logit_normal", loc=0.0, scale=1.1)
         config.shift = dict(factor=3.0)
         config.vae = "{workdir}/../vae"

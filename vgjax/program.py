@@ -4,6 +4,7 @@ import ast
 import itertools
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def workdir(path: str) -> Path:
     folder = Path(path).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
+        probe = folder / f".probe-{uuid.uuid4().hex}"  # all processes of a job look at once
         probe.write_text("")
         probe.unlink()
     except OSError as error:

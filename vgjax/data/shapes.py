@@ -50,12 +50,12 @@ Ranges = dict[str, tuple[float, float]]
 SPLITS = ("train", "val", "novel")
 HELD_OUT = 10  # one combination in so many is never trained on
 MARGIN = 0.04  # between an object and the frame's edge
-GAP = 0.05  # between the areas that two objects sweep
+GAP = 0.07  # between the areas that two objects sweep
 PAIRS = 1 / 3  # of the scenes have two objects, in a world where there may be two
 # Diameter, travel, smaller diameter and growth factor of an object, alone or one of two: two are as large as the frame
 # lets them be. At 32 pixels a shape below seven pixels can no longer be told from another.
 ALONE = {"size": (0.42, 0.54), "travel": (0.20, 0.30), "small": (0.30, 0.35), "factor": (1.6, 1.9)}
-PAIRED = {"size": (0.33, 0.40), "travel": (0.16, 0.22), "small": (0.27, 0.31), "factor": (1.5, 1.65)}
+PAIRED = {"size": (0.33, 0.39), "travel": (0.16, 0.22), "small": (0.27, 0.31), "factor": (1.5, 1.65)}
 AXES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
 
 # Distance to the outline of a shape of radius 1 around its centroid, negative inside (exact near the edges).
