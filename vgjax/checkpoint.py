@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
-from vgjax.distributed import fetch, first
+from vgjax.distributed import first, gathered
 from vgjax.errors import StorageError, UserError
 from vgjax.storage import MANIFEST, fsync, reason, seal, sealed, verify, writing
 from vgjax.typing import PyTree
@@ -206,8 +206,9 @@ def versions() -> dict[str, str]:
 def digest(tree: PyTree) -> str:
     """sha256 over path, dtype, shape and bytes of every leaf: equal digests mean bit-identical states."""
     total = hashlib.sha256()
-    for path, leaf in sorted((_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)):
-        leaf = fetch(leaf)
+    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    paths = sorted(named)
+    for path, leaf in zip(paths, gathered([named[path] for path in paths]), strict=True):
         total.update(f"{path} {leaf.dtype.name} {leaf.shape} ".encode())
         total.update(leaf.tobytes())
     return total.hexdigest()

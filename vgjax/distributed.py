@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vgjax import errors
 from vgjax.errors import CRASH, HUNG, PeerLost, UserError
@@ -28,6 +29,8 @@ from vgjax.errors import CRASH, HUNG, PeerLost, UserError
 VARIABLES = ("VGJAX_COORDINATOR", "VGJAX_PROCESSES", "VGJAX_PROCESS")
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|coordination service|preempted", re.IGNORECASE)
+GATHERED = 2**28  # bytes that `fetch` holds on a device at a time; one program for many leaves compiles sooner
+PATIENCE = 20  # times the watchdog's limit, for what takes long without being stuck
 LAST_WORDS = 1.0  # seconds that process 0, on which the others hang, lets them print why they end
 
 
@@ -143,6 +146,7 @@ class Watchdog:
     """Ends a process that does nothing for `limit` seconds (0: never): prints every stack and exits with HUNG.
 
     A process that waits for a dead or stuck one does nothing either, so the whole job ends and can be restarted.
+    Compiling, sampling and saving may take `PATIENCE` times as long.
     """
 
     def __init__(self, limit: float | int):
@@ -157,29 +161,48 @@ class Watchdog:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around what may take long without being stuck: compiling, sampling, saving."""
+        self.beat()
         self.paused += 1
         try:
             yield
         finally:
-            self.paused -= 1
             self.beat()
+            self.paused -= 1
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(0.25, self.limit / 4))
-            if not self.paused and time.monotonic() - self.last > self.limit:
+            limit = self.limit * (PATIENCE if self.paused else 1)
+            if time.monotonic() - self.last > limit:
                 where = f"process {jax.process_index()} of {jax.process_count()}"
-                print(f"error: {where} did nothing for {self.limit:g} s; its stacks:", file=sys.stderr, flush=True)
+                print(f"error: {where} did nothing for {limit:g} s; its stacks:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 errors.leave(HUNG) if jax.process_count() > 1 else os._exit(HUNG)
 
 
 def fetch(tree: Any) -> Any:
     """The tree as numpy arrays on every process, wherever its parts lie."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, gathered(leaves))
 
-    def one(leaf: Any) -> np.ndarray:
-        if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
-    return jax.tree.map(one, tree)
+def gathered(leaves: Sequence[Any]) -> Iterator[np.ndarray]:
+    """The leaves in order as numpy arrays on every process, at most `GATHERED` bytes of them at a time."""
+    ready: dict[int, Any] = {}
+    for i, leaf in enumerate(leaves):
+        if i not in ready and not _near(leaf):
+            size, some = 0, []
+            for j in range(i, len(leaves)):
+                size += leaves[j].nbytes
+                if some and size > GATHERED:
+                    break
+                if not _near(leaves[j]):
+                    some.append(j)
+            everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)([leaves[j] for j in some])
+            ready.update(zip(some, whole, strict=True))
+        yield np.asarray(ready.pop(i, leaf))
+
+
+def _near(leaf: Any) -> bool:
+    return getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated
