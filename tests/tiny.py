@@ -23,7 +23,7 @@ def get_config(arg: str = "vae") -> ConfigDict:
     config.optim = dict(
         kind="adamw", lr=1e-3, schedule="cosine", warmup=2, weight_decay=0.01, clip=1.0, ema=0.9, accumulate=1
     )
-    config.train = dict(steps=6, batch=4, log_every=1, save_every=2, max_dropped=10)
+    config.train = dict(steps=6, batch=4, log_every=1, image_every=6, save_every=2, max_dropped=10)
     config.evaluate = dict(clips=4)
     if arg == "vae":
         config.objective = dict(kind="vae", weights=(("recon", 1.0), ("kl", 1e-4)))

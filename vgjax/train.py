@@ -148,7 +148,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
             dog.beat()
             last, stopping = number == plan.steps, stop.after(number)
             with _aside(log, dog) if last or stopping or _due(number, plan) else contextlib.nullcontext():
-                if last or (plan.image_every and number % plan.image_every == 0):
+                if plan.image_every and (last or number % plan.image_every == 0):
                     show.images(number, now.ema)
                 if plan.evaluate_every and number % plan.evaluate_every == 0:
                     show.scores(number, now.ema)
