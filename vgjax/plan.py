@@ -171,7 +171,8 @@ def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[Py
     """(loss, abstract inputs) of one step on latents."""
     objective = built.objective
     example = jax.eval_shape(objective.prepare, frozen_of(built), abstract_batch(built, built.config.train.batch))
-    params = jax.eval_shape(lambda: sharding.unboxed(objective.init(jax.random.key(0), example)["velocity"]))
+    boxed = jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch)["velocity"], example)
+    params = sharding.unboxed(boxed)
 
     def loss(own: PyTree, batch: PyTree, key: Any) -> Any:
         return objective.loss("velocity", {"velocity": own}, batch, key)[0]

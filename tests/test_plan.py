@@ -1,0 +1,36 @@
+"""The planner: what a step needs, and what it refuses in words. Compiling for absent chips takes their compiler."""
+
+import jax
+import pytest
+
+from vgjax import experiment, layouts, plan, program, sharding, topology
+from vgjax.errors import UserError
+
+
+def built(*flags):
+    args, rest = plan.parse(["--topology", "v5e:2x2", "--config", "tests/tiny.py:dit", "--size", "32x32", *flags])
+    config, _, _ = program.read_config(["plan", *rest], "", workdir=False)
+    return experiment.build(plan.adapt(config, args), plan.vae_of(args))
+
+
+@pytest.mark.parametrize("job", ["train", "sample"])
+def test_model_flops_grow_with_the_batch_and_not_with_the_layout(job):
+    alone, twice = (plan.model_flops(built("--batch", str(n)), job) for n in (4, 8))
+    assert alone > 0 and 1.9 < twice / alone <= 2.0
+    assert plan.model_flops(built("--batch", "4", "--config.layout=ring"), job) == alone
+
+
+def test_the_planned_step_is_lowered_for_a_mesh_and_its_state_is_spread_over_it():
+    layout, mesh = where = layouts.find("fsdp", 8)
+    model = built("--batch", "8", "--config.layout=fsdp")
+    with sharding.use(layout, mesh):
+        job = plan.train_job(model, where)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.params))
+    assert whole / 8 <= plan.memory_of_state(job)["params"] < whole / 4
+    assert job.flops > plan.model_flops(model, "train") / 2 and job.tokens > 0
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:0x2x2", "h100:x"])
+def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
+    with pytest.raises(UserError, match="v5p"):
+        topology.find(name)
