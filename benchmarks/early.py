@@ -7,7 +7,6 @@ the model decides by itself. Then samples from noise alone under several guidanc
 number of objects. Writes benchmarks/results/early.json.
 """
 
-import dataclasses
 import sys
 
 import jax
@@ -16,9 +15,7 @@ import numpy as np
 from record import write
 
 from vgjax import evaluate, experiment, program, sample
-from vgjax.flow.guidance import cfg
 from vgjax.flow.path import sample_keys
-from vgjax.flow.steppers import STEPPERS, integrate
 from vgjax.metrics import prompt
 from vgjax.models.causal_vae import from_unit
 from vgjax.objectives.vae import to_uint8
@@ -46,25 +43,18 @@ def main() -> None:
 
 def continued(sampler: sample.Sampler, clips: list, t: float) -> np.ndarray:
     """Videos sampled from the clips mixed with noise at t."""
-    objective, use = sampler.experiment.objective, sampler.settings
+    objective, vae = sampler.experiment.objective, sampler.experiment.vae
     videos = np.stack([clip.array for clip in clips])
-    texts = [sampler.experiment.tokenizer(clip.caption) for clip in clips]
-    texts += [sampler.experiment.tokenizer("")] * len(clips)
+    texts = [sampler.experiment.tokenizer(caption) for caption in [clip.caption for clip in clips] + [""] * len(clips)]
     text, mask = (np.stack(part) for part in zip(*texts, strict=True))
-    grid = sampler.experiment.vae.latent_shape(*clips[0].array.shape[:3])
-    shift = dataclasses.replace(objective.shift, factor=use.shift)
-    times = shift(jnp.linspace(0.0, 1.0, use.steps + 1), objective.model.tokens(grid[:3]))
+    keys = sample_keys(jax.random.key(0), np.arange(len(clips), dtype=np.uint32))
 
     @jax.jit
     def run(params, frozen):
         x = objective.prepare(frozen, {"video": videos})["x"]
-        keys = sample_keys(jax.random.key(0), np.arange(len(clips), dtype=np.uint32))
-        mixed, _ = objective.path.mix(
-            jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys), x, jnp.full(len(x), t)
-        )
-        v = cfg(objective.bind(params, text, mask), use.cfg, use.interval, use.rescale)
-        x = integrate(STEPPERS[use.stepper](), v, mixed, t + (1 - t) * times)
-        vae = sampler.experiment.vae
+        noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+        mixed, _ = objective.path.mix(noise, x, jnp.full(len(x), t))
+        x = sample.follow(objective, sampler.settings, params, text, mask, mixed, t)
         return to_uint8(vae.apply({"params": frozen["vae"]}, from_unit(x, frozen["stats"]), method="decode"))
 
     return np.asarray(run(sampler.params, sampler.frozen))
@@ -73,10 +63,13 @@ def continued(sampler: sample.Sampler, clips: list, t: float) -> np.ndarray:
 def scores(sampler: sample.Sampler, captions: list[str], videos: np.ndarray) -> dict[str, float]:
     """The share of clips that are all right, by the number of objects asked for."""
     world = experiment.world_of(sampler.experiment.config)
-    requests = [world.parse(caption) for caption in captions]
-    right = np.array([prompt.score(v, asked, world)["all"] for v, asked in zip(videos, requests, strict=True)])
-    count = np.array([len(asked.things) for asked in requests])
-    return {f"objects {n}": round(float(right[count == n].mean()), 3) for n in np.unique(count)}
+    count = [len(world.parse(caption).things) for caption in captions]
+    table = {}
+    for n in sorted(set(count)):
+        those = [i for i, objects in enumerate(count) if objects == n]
+        right = prompt.accuracy(videos[those], [captions[i] for i in those], world)
+        table[f"objects {n}"] = round(right["all"], 3)
+    return table
 
 
 if __name__ == "__main__":

@@ -61,8 +61,6 @@ def measure(kind: str, argv: list[str]) -> dict:
     args, rest = plan.parse(["--topology", "none", *argv])
     config, _, _ = program.read_config([sys.argv[0], *rest], "see --help", workdir=False)
     config = plan.adapt(experiment.resolve(config, Path("runs/layouts")), args)
-    if jax.default_backend() == "cpu":
-        config.precision = "float32"
     config.layout.kind = kind
     layout, mesh = layouts.find(kind, 0)
     built = experiment.build(config, plan.vae_of(args))
@@ -82,7 +80,8 @@ def measure(kind: str, argv: list[str]) -> dict:
             now, metrics = train(now, frozen, batch)
             jax.block_until_ready((now, metrics))
             seconds.append(time.perf_counter() - start)
-    median, peak = float(np.median(seconds[WARM:])), flops.peak(jax.devices()[0].device_kind, config.precision)
+    precision = np.dtype(experiment.compute_dtype(config.precision)).name
+    median, peak = float(np.median(seconds[WARM:])), flops.peak(jax.devices()[0].device_kind, precision)
     seen = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "layout": kind,

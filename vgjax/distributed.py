@@ -6,6 +6,7 @@ VGJAX_COORDINATOR=auto where JAX finds that out by itself (TPU pods, SLURM, GKE,
 
 import faulthandler
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -191,13 +192,9 @@ def gathered(leaves: Sequence[Any]) -> Iterator[np.ndarray]:
     ready: dict[int, Any] = {}
     for i, leaf in enumerate(leaves):
         if i not in ready and not _near(leaf):
-            size, some = 0, []
-            for j in range(i, len(leaves)):
-                size += leaves[j].nbytes
-                if some and size > GATHERED:
-                    break
-                if not _near(leaves[j]):
-                    some.append(j)
+            far = [j for j in range(i, len(leaves)) if not _near(leaves[j])]
+            sizes = itertools.accumulate(leaves[j].nbytes for j in far)
+            some = [j for j, size in zip(far, sizes, strict=True) if j == i or size <= GATHERED]
             everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
             whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)([leaves[j] for j in some])
             ready.update(zip(some, whole, strict=True))

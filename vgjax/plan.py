@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     args, rest = parse(argv[1:])
     config, _, _ = program.read_config([argv[0], *rest], USAGE, workdir=False)
     config = adapt(experiment.resolve(config, Path("runs/plan")), args)
+    config.precision = "bfloat16" if config.precision == "auto" else config.precision  # that of absent accelerators
     kinds = list(layouts.LAYOUTS) if args.layouts == "all" else (args.layouts or config.layout.kind).split(",")
     for kind in kinds:
         layouts.named(kind)
@@ -102,11 +103,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def adapt(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
-    """The config with what the command line asks of it, in the precision of an accelerator."""
+    """The config with what the command line asks of it."""
     if config.objective.get("kind") != "flow":
         raise UserError(f"--config: plan is for flows, not for a {config.objective.get('kind')}")
     with config.unlocked():
-        config.precision = "bfloat16" if config.precision == "auto" else config.precision
         config.train.batch = args.batch or config.train.batch
         config.data.frames = args.frames or config.data.frames
         config.data.size = program.size_of(args.size) or tuple(config.data.size)

@@ -125,12 +125,19 @@ def integrated(
     key: Array,
 ) -> Array:
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(sample_keys(key, index))
+    return follow(objective, use, params, text, mask, noise)
+
+
+def follow(
+    objective: FlowObjective, use: Settings, params: Params, text: Array, mask: Array, x: Array, t: float | int = 0.0
+) -> Array:
+    """Latents from `x` at time `t` on; with guidance `text` and `mask` are doubled, the captions first."""
     v = objective.bind(params, text, mask)
     if use.cfg != 1.0:
         v = guide(v, use.cfg, use.interval, use.rescale)
     shift = dataclasses.replace(objective.shift, factor=use.shift)
-    times = shift(jnp.linspace(0.0, 1.0, use.steps + 1), objective.model.tokens(shape[:3]))
-    return integrate(STEPPERS[use.stepper](), v, noise, times)
+    times = shift(jnp.linspace(0.0, 1.0, use.steps + 1), objective.model.tokens(x.shape[1:4]))
+    return integrate(STEPPERS[use.stepper](), v, x, t + (1 - t) * times)
 
 
 @functools.partial(jax.jit, static_argnums=0)

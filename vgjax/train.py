@@ -139,9 +139,10 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
         for number in range(start + 1, plan.steps + 1):
             with log.waiting():
                 raw = next(batches)
-            with dog.pause() if number == start + 1 else contextlib.nullcontext():
+            first = number == start + 1
+            with dog.pause() if first else contextlib.nullcontext():
                 now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh, plan.batch))
-                if number == start + 1:
+                if first:
                     jax.block_until_ready(metrics)  # all processes compile, at their own pace
             watch.add(number, raw["id"], metrics)
             log.step(number, metrics)

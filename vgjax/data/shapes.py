@@ -223,7 +223,8 @@ def write(world: World, folder: Path | str, count: int, split: str = "train", se
     folder = Path(folder)
     if count < 1:
         raise UserError(f"cannot write {count} clips: ask for at least one")
-    recipe = {"world": dataclasses.asdict(world), "count": count, "split": split, "seed": seed}
+    geometry = {"alone": ALONE, "paired": PAIRED, "pairs": PAIRS, "margin": MARGIN, "gap": GAP}
+    recipe = {"world": dataclasses.asdict(world), "count": count, "split": split, "seed": seed, "geometry": geometry}
     recipe = json.loads(json.dumps(recipe))
     try:
         if folder.exists() and any(folder.iterdir()):
