@@ -70,11 +70,11 @@ def get_config(arg: str = "dit") -> ConfigDict:
             accumulate=1,
         )
         config.train = dict(
-            steps=36000,
+            steps=30000,
             batch=16,
             log_every=50,
-            image_every=12000,
-            evaluate_every=4500,
+            image_every=10000,
+            evaluate_every=5000,
             save_every=500,
             keep_last=3,
             keep_every=0,

@@ -93,12 +93,12 @@ def test_each_mistake_is_named_and_nothing_else(wrong, names):
 
 def test_a_second_object_is_counted():
     high = going(start=(0.25, 0.7, 0.3), end=(0.25, 0.3, 0.3))
-    low = going("blue", "cross", start=(0.75, 0.7, 0.3), end=(0.75, 0.3, 0.3))
+    low = going("blue", "diamond", start=(0.75, 0.7, 0.3), end=(0.75, 0.3, 0.3))
     assert not score(show(high, low), RED_LEFT, FULL)["all"]
-    both = Request((Thing("blue", "cross", "left"), Thing("red", "circle", "left")))
+    both = Request((Thing("blue", "diamond", "left"), Thing("red", "circle", "left")))
     assert score(show(high, low), both, FULL)["all"]
     assert not score(show(high), both, FULL)["color"] and not score(show(high), both, FULL)["count"]
-    swapped = Request((Thing("blue", "circle", "left"), Thing("red", "cross", "left")))
+    swapped = Request((Thing("blue", "circle", "left"), Thing("red", "diamond", "left")))
     assert not score(show(high, low), swapped, FULL)["all"]
 
 

@@ -20,6 +20,7 @@ SHAPES = {
     "circle": ("circle", "disc"),
     "square": ("square", "box"),
     "triangle": ("triangle", "wedge"),
+    "diamond": ("diamond", "rhombus"),
     "cross": ("cross", "plus"),
 }
 MOTIONS = {
