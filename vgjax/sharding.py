@@ -107,6 +107,11 @@ def local(function: Callable[..., PyTree], names: Sequence[tuple[str | None, ...
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
+def is_local() -> bool:
+    """Whether arrays are one device's own here: inside `local`, or with no layout active."""
+    return not active() or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def platform() -> str:
     """The platform the program is being built for: that of the active mesh (chips may be absent), else the default."""
     active = _active.get()

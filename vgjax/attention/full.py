@@ -1,6 +1,7 @@
 """Full softmax attention (Vaswani et al. 2017), in the form that is fastest on the platform at hand.
 
-The forms give the same numbers; `Full.__call__` is the one place that chooses. Softmax is computed in fp32.
+The forms give the same numbers; `Full.__call__` is the one place that chooses. Softmax is computed in fp32. What remat
+may keep for the backward pass (`nn.stack.REMAT`) is named "attention": the output, on TPU its log-sum-exp too.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jax.ad_checkpoint import checkpoint_name
 
-from vgjax.attention.segments import Segments, allowed
-from vgjax.sharding import platform
+from vgjax.attention.segments import Segments, allowed, pad
+from vgjax.attention.splash import splash
+from vgjax.sharding import is_local, platform
 from vgjax.typing import Array, Bool, Float, PyTree
 
 # CPU, measured by benchmarks/attention.py: below this many scores a head the batched form is as fast, above it
 # the batched matmuls of XLA fall out of cache and one head at a time wins (2-4x at 2048 tokens).
 SMALL = 160 * 160
+# TPU: up to this many scores a head (a caption's tokens) XLA's own fusions do, and pad nothing to tiles.
+SHORT = 512 * 512
 # cuDNN takes segments as a dense bias; past this many bytes the chunked form needs less memory than the bias alone.
 BIAS_BYTES = 2**31
 
@@ -39,13 +44,15 @@ class Full:
         segments: Segments | None = None,
     ) -> Float[Array, "b n h k"]:
         where = platform()
+        if where == "tpu" and q.shape[1] * k.shape[1] > SHORT and is_local():  # XLA cannot split a Pallas kernel
+            return splash(q, k, v, segments)
         if where == "gpu" and _cudnn_takes(q, k, segments):
-            return _cudnn(q, k, v, segments)
+            return checkpoint_name(_cudnn(q, k, v, segments), "attention")
         form = partial(_by_chunks, chunk=self.chunk)
         if where == "cpu":
             form = _batched if q.shape[1] * k.shape[1] <= SMALL else partial(_by_heads, chunk=self.chunk)
         q, k, v = (rearrange(a, "b n h k -> b h n k") for a in (q, k, v))
-        return rearrange(form(q, k, v, segments), "b h n k -> b n h k")
+        return checkpoint_name(rearrange(form(q, k, v, segments), "b h n k -> b n h k"), "attention")
 
 
 def _batched(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
@@ -145,9 +152,3 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
     mask = allowed(Segments(*(pad(a, 1, 2) for a in segments)))
     o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], o, 0)[:, :n]
-
-
-def pad(x: Array, dim: int, multiple: int) -> Array:
-    """Zeros at the end of `dim`, up to a length that `multiple` divides."""
-    extra = -x.shape[dim] % multiple
-    return jnp.pad(x, [(0, extra if i == dim else 0) for i in range(x.ndim)]) if extra else x

@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from vgjax import sharding
-from vgjax.attention.full import Full, pad
-from vgjax.attention.segments import Segments
+from vgjax.attention.full import Full
+from vgjax.attention.segments import Segments, pad
 from vgjax.typing import Array, Float
 
 TOKENS = ("batch", "tokens", "heads", None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from vgjax.attention.full import with_lse
 from vgjax.attention.segments import Segments
@@ -50,7 +51,7 @@ class Ring:
         block = (k, v, None if segments is None else segments.kv)
         (block, seen), _ = jax.lax.scan(turn, (block, nothing), length=devices - 1)
         o, _ = _merge(seen, attend(block))
-        return rearrange(o, "b h n k -> b n h k").astype(q.dtype)
+        return checkpoint_name(rearrange(o, "b h n k -> b n h k").astype(q.dtype), "attention")
 
 
 def _merge(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -23,3 +23,9 @@ def padding(mask: Bool[Array, "b n"]) -> Segments:
 def allowed(segments: Segments) -> Bool[Array, "b n m"]:
     """The dense mask that the ids stand for."""
     return (segments.q[:, :, None] == segments.kv[:, None, :]) & (segments.kv[:, None, :] != 0)
+
+
+def pad(x: Array, dim: int, multiple: int) -> Array:
+    """Zeros at the end of `dim`, up to a length that `multiple` divides."""
+    extra = -x.shape[dim] % multiple
+    return jnp.pad(x, [(0, extra if i == dim else 0) for i in range(x.ndim)]) if extra else x

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from vgjax.attention.full import pad
-from vgjax.attention.segments import Segments
+from vgjax.attention.segments import Segments, pad
 from vgjax.typing import Array, Float
 
 

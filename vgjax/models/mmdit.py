@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from vgjax.attention.full import Full
 from vgjax.attention.segments import Segments, padding
@@ -269,7 +268,7 @@ class RefinerBlock(nn.Module):
 
 def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, segments: Segments) -> Array:
     q, k, v = (shard(a, "batch", "tokens", "heads", None) for a in (rope.rotate(q, turn), rope.rotate(k, turn), v))
-    return checkpoint_name(attention(q, k, v, segments), "attention")
+    return attention(q, k, v, segments)
 
 
 def _embed(dim: int, name: str) -> MLP:

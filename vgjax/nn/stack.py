@@ -5,17 +5,29 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vgjax.errors import UserError
 from vgjax.typing import PyTree
 
 _POLICIES = jax.checkpoint_policies
+
+
+def _offload(*names: str) -> Any:
+    """To the host's memory, and back for the backward pass."""
+    return _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
+    )
+
+
 # What the backward pass of a block finds saved; everything else is computed again.
 REMAT = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
     "attention": _POLICIES.save_only_these_names("attention"),
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
+    "offload": _offload("block"),
+    "offload_attention": _offload("block", "attention"),
 }
 
 
@@ -23,7 +35,9 @@ class Stack(nn.Module):
     """`length` blocks `carry = block(carry, *args)`, their parameters stacked along a leading dim called "layers".
 
     block: makes one block (a `functools.partial` of its class).
-    remat: "none" keeps all activations, "full" only the carry, "attention" also attention outputs, "dots" all linears.
+    remat: "none" keeps all activations, "full" only the carry, "attention" also attention outputs (with the softmax's
+        sums where the kernel gives them, so that the backward pass does not run it forward again), "dots" all linears;
+        "offload" keeps the carry in the host's memory, "offload_attention" also the attention outputs.
     scan: compile one block and loop, or unroll the loop: the same parameters either way.
     """
 
@@ -40,7 +54,7 @@ class Stack(nn.Module):
             return carry
 
         def one(block: nn.Module, carry: PyTree, *args: Any) -> tuple[PyTree, None]:
-            return block(carry, *args), None
+            return block(checkpoint_name(carry, "block"), *args), None
 
         if self.remat != "none":
             # Inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed there.
