@@ -1,9 +1,11 @@
 """A run on eight devices is the run on one, in every layout: loss, gradients, parameters, samples, and a resume."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from battery import perturbed_like
@@ -35,9 +37,55 @@ def vae(layout):
     return VAEObjective(VAE, {"mse": 1.0, "kl": 1e-3})
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The squared error of rows that hold two samples of different lengths and padding."""
+
+    model: MMDiT
+    players = ("velocity",)
+
+    def prepare(self, frozen, batch):
+        return batch
+
+    def init(self, key, batch):
+        inputs = [batch[name] for name in ROW]
+        return {"velocity": self.model.init(key, *inputs, method="packed")["params"]}
+
+    def loss(self, player, params, batch, key):
+        v = self.model.apply({"params": params[player]}, *[batch[name] for name in ROW], method="packed")
+        error = jnp.square(v - batch["target"]) * (batch["of_x"] > 0)[:, :, None]
+        loss = jnp.mean(error)
+        return loss, {"loss": jnp.stack([loss, 1.0])}
+
+
+ROW = ("x", "places", "of_x", "t", "c", "of_c", "vec")
+
+
+def packed(layout):
+    return Packed(MMDiT(**MODEL, attention=layout.attention()))
+
+
+def row_of(generator):
+    n, m = 37, 11
+    cut, end = generator.integers(8, 20, (BATCH, 1)), generator.integers(25, n + 1, (BATCH, 1))
+    normal = lambda *shape: generator.standard_normal((BATCH, *shape)).astype(np.float32)  # noqa: E731
+    return {
+        "x": normal(n, 16),
+        "places": generator.integers(0, 6, (BATCH, n, 3)).astype(np.int32),
+        "of_x": ((1 + (np.arange(n) >= cut)) * (np.arange(n) < end)).astype(np.int32),
+        "t": generator.uniform(0, 1, (BATCH, 2)).astype(np.float32),
+        "c": normal(m, 16),
+        "of_c": np.tile((1 + (np.arange(m) >= 5)) * (np.arange(m) < 9), (BATCH, 1)).astype(np.int32),
+        "vec": normal(2, 16),
+        "target": normal(n, 16),
+    }
+
+
 def batch_of(kind, number):
     generator = np.random.default_rng(number)
     index = np.arange(number * BATCH, (number + 1) * BATCH, dtype=np.uint32)
+    if kind is packed:
+        return {**row_of(generator), "index": index}
     if kind is vae:
         return {"video": generator.integers(0, 256, (BATCH, 3, 8, 32, 3)).astype(np.uint8), "index": index}
     return {
@@ -88,7 +136,7 @@ def near(ours, theirs, bound=1e-5):
 
 @pytest.fixture(scope="module")
 def one():
-    return {kind: run(kind, "dp", 1) for kind in (flow, vae)}
+    return {kind: run(kind, "dp", 1) for kind in (flow, packed, vae)}
 
 
 CASES = {name: {} for name in layouts.LAYOUTS} | {
@@ -98,7 +146,11 @@ CASES = {name: {} for name in layouts.LAYOUTS} | {
 
 
 # To a VAE, which has no attention, hsdp is fsdp, ulysses is ring and tp is dp.
-RUNS = [*((flow, name) for name in CASES), *((vae, name) for name in ("dp", "fsdp", "fsdp_tp", "ulysses", "usp"))]
+RUNS = [
+    *((flow, name) for name in CASES),
+    *((packed, name) for name in ("fsdp_tp", "ulysses", "ring", "usp")),
+    *((vae, name) for name in ("dp", "fsdp", "fsdp_tp", "ulysses", "usp")),
+]
 
 
 @pytest.mark.parametrize("kind,name", RUNS, ids=[f"{kind.__name__}-{name}" for kind, name in RUNS])

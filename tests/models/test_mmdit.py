@@ -1,5 +1,7 @@
 """MM-DiT: the battery, padding, the published sizes, and the same numbers as the reference implementation."""
 
+import math
+
 import battery
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from einops import rearrange
 
 from vgjax.errors import UserError
 from vgjax.models.mmdit import SIZES, MMDiT
+from vgjax.nn import patch
 from vgjax.nn.rope import interleaved
 
 TINY = dict(dim=24, heads=2, double_blocks=2, single_blocks=2, channels=3, text_dim=10, pooled_dim=6, refiner_blocks=2)
@@ -82,6 +85,35 @@ def test_what_stands_in_padding_is_never_read(apply):
     x, t, c, mask, vec, guidance = inputs()
     garbage = jnp.where(mask[:, :, None], c, 1e3)
     np.testing.assert_array_equal(apply(x, t, garbage, mask, vec, guidance), apply(x, t, c, mask, vec, guidance))
+
+
+def test_packed_rows_equal_their_samples_alone(params):
+    """Three videos of different sizes in two rows, with padding in between and behind."""
+    samples = [inputs(b=1, m=3, grid=(1, 4, 6)), inputs(b=1, m=5, grid=(2, 4, 2)), inputs(b=1, m=2, grid=(3, 2, 2))]
+    samples = [[leaf + 0.1 * i if leaf.dtype == jnp.float32 else leaf for leaf in s] for i, s in enumerate(samples)]
+    rows, n, m = [(0, 1), (2,)], 12, 9
+    tokens = np.full((2, n, 4 * MODEL.channels), 1e3, np.float32)
+    places, of_x = np.zeros((2, n, 3), np.int32), np.zeros((2, n), np.int32)
+    c, of_c = np.full((2, m, MODEL.text_dim), 1e3, np.float32), np.zeros((2, m), np.int32)
+    t, vec, guidance = np.ones((2, 2), np.float32), np.ones((2, 2, MODEL.pooled_dim), np.float32), np.ones((2, 2))
+    found = {}
+    for row, members in enumerate(rows):
+        at, word = 0, 1
+        for place, i in enumerate(members):
+            x, t[row, place], text, _, vec[row, place], guidance[row, place] = (leaf[0] for leaf in samples[i])
+            grid = patch.check(x.shape[:3], MODEL.patch)
+            end = at + math.prod(grid)
+            tokens[row, at:end] = patch.patchify(x[None], MODEL.patch)[0]
+            places[row, at:end], of_x[row, at:end] = patch.positions(grid), place + 1
+            c[row, word : word + len(text)], of_c[row, word : word + len(text)] = text, place + 1
+            found[i] = (row, at, end, grid)
+            at, word = end + 1, word + len(text)
+    given = map(jnp.asarray, (tokens, places, of_x, t, c, of_c, vec, guidance))
+    packed = jax.jit(lambda *args: MODEL.apply({"params": params}, *args, method="packed"))(*given)
+    for i, (row, at, end, grid) in found.items():
+        x, t, text, _, vec, guidance = samples[i]
+        alone = MODEL.apply({"params": params}, x, t, text, jnp.ones(text.shape[:2], bool), vec, guidance)
+        np.testing.assert_allclose(patch.unpatchify(packed[row : row + 1, at:end], MODEL.patch, grid), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 4, 5], ids=["x", "t", "c", "vec", "guidance"])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vgjax.attention.full import Full
-from vgjax.attention.segments import Segments, padding
+from vgjax.attention.segments import Segments
 from vgjax.errors import UserError
 from vgjax.nn import patch, rope
 from vgjax.nn.embed import ScalarEmbed
@@ -25,7 +25,7 @@ from vgjax.nn.modulation import Modulation, gated, modulate
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import shard
-from vgjax.typing import Array, Bool, Dtype, Float
+from vgjax.typing import Array, Bool, Dtype, Float, Int
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": dict(
@@ -88,7 +88,6 @@ class MMDiT(nn.Module):
     attention: Any = Full()
     dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t h w z"],
@@ -100,6 +99,30 @@ class MMDiT(nn.Module):
     ) -> Float[Array, "b t h w z"]:
         """x: noisy latents; t: 0 noise to 1 data; c, mask, vec: text tokens, which of them are real, pooled text."""
         grid = self._check(x, c, vec, guidance)
+        tokens, places = patch.patchify(x, self.patch), patch.positions(grid)[None]
+        ones = jnp.ones(tokens.shape[:2], jnp.int32)
+        t, vec, guidance = (None if one is None else one[:, None] for one in (t, vec, guidance))
+        v = self.packed(tokens, places, ones, t, c, mask.astype(jnp.int32), vec, guidance)
+        return patch.unpatchify(v, self.patch, grid)
+
+    @nn.compact
+    def packed(
+        self,
+        x: Float[Array, "b n a"],
+        places: Int[Array, "#b n 3"],
+        of_x: Int[Array, "b n"],
+        t: Float[Array, "b s"],
+        c: Float[Array, "b m e"],
+        of_c: Int[Array, "b m"],
+        vec: Float[Array, "b s p"],
+        guidance: Float[Array, "b s"] | None = None,
+    ) -> Float[Array, "b n a"]:
+        """Rows of `s` samples of any sizes, one behind the other: the velocity of every patch.
+
+        x: patches (`nn.patch`), places: where each lies in its own video, of_x and of_c: to which sample of the row a
+        patch or text token belongs, from 1 on, 0 for padding. Samples do not see each other.
+        """
+        n, m = x.shape[1], c.shape[1]
         block = dict(heads=self.heads, inner=int(self.mlp_ratio * self.dim), attention=self.attention, dtype=self.dtype)
         stack = partial(Stack, remat=self.remat, scan=self.scan)
 
@@ -108,21 +131,21 @@ class MMDiT(nn.Module):
             condition = condition + ScalarEmbed(self.dim, name="guidance")(guidance)
         condition = jax.nn.silu(condition)
 
-        x = Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(patch.patchify(x, self.patch))
-        c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, mask, t)
-        (n, m), places = (x.shape[1], c.shape[1]), patch.positions(grid)
+        x = Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(x)
+        c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, of_c, t)
         if self.absolute:
             x = x + Linear(self.dim, (None, "embed"), dtype=self.dtype, name="places")(rope.waves(places, 16))
-        ids = jnp.concatenate([places, jnp.zeros((m, 3), jnp.int32)])
-        turn = rope.rotation(ids[None], self._rope_dims(), self.theta)
-        segments = padding(jnp.pad(mask, ((0, 0), (n, 0)), constant_values=True))
+        ids = jnp.pad(places, ((0, 0), (0, m), (0, 0)))
+        turn = rope.rotation(ids, self._rope_dims(), self.theta)
+        samples = jnp.concatenate([of_x, of_c], axis=1)
+        segments = Segments(samples, samples)
 
         double = stack(partial(DoubleStreamBlock, **block), self.double_blocks, name="double")
         single = stack(partial(SingleStreamBlock, **block), self.single_blocks, name="single")
         x, c = double((x, c), condition, turn, segments)
         x = single(jnp.concatenate([x, c], axis=1), condition, turn, segments)[:, :n]
 
-        shift, scale = Modulation(self.dim, 2, name="modulation")(condition)
+        shift, scale = Modulation(self.dim, 2, name="modulation")(condition, of_x)
         out = Linear(
             math.prod(self.patch) * self.channels,
             ("embed", None),
@@ -130,7 +153,7 @@ class MMDiT(nn.Module):
             dtype=self.dtype,
             name="velocity",
         )(modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype))
-        return patch.unpatchify(out.astype(jnp.float32), self.patch, grid)
+        return out.astype(jnp.float32)
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Video tokens of a latent grid `t h w`; a `UserError` where the patch does not divide it."""
@@ -165,13 +188,14 @@ class DoubleStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, condition: Float[Array, "b d"], turn: rope.Rotation, segments: Segments
+        self, streams: Streams, condition: Float[Array, "b s d"], turn: rope.Rotation, segments: Segments
     ) -> Streams:
         x, c = streams
         n, dim = x.shape[1:]
         video = Stream(dim, self.heads, self.inner, self.dtype, name="video")
         text = Stream(dim, self.heads, self.inner, self.dtype, name="text")
-        video_vectors, text_vectors = video.modulation(condition), text.modulation(condition)
+        of_x, of_c = segments.q[:, :n], segments.q[:, n:]
+        video_vectors, text_vectors = video.modulation(condition, of_x), text.modulation(condition, of_c)
         qkv = zip(video.before(x, video_vectors), text.before(c, text_vectors), strict=True)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in qkv)
         o = _attend(self.attention, q, k, v, turn, segments)
@@ -213,9 +237,9 @@ class SingleStreamBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, condition: Float[Array, "b d"], turn: rope.Rotation, segments: Segments) -> Tokens:
+    def __call__(self, x: Tokens, condition: Float[Array, "b s d"], turn: rope.Rotation, segments: Segments) -> Tokens:
         dim = x.shape[-1]
-        shift, scale, gate = Modulation(dim, 3, name="modulation")(condition)
+        shift, scale, gate = Modulation(dim, 3, name="modulation")(condition, segments.q)
         y = modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype)
         q, k, v = QKV(self.heads, dtype=self.dtype, name="qkv")(y)
         o = _attend(self.attention, q, k, v, turn, segments)
@@ -226,7 +250,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class TextRefiner(nn.Module):
-    """Text tokens to the model's width, through blocks gated by time and the mean of the real tokens."""
+    """Text tokens to the model's width, through blocks gated by time and the mean of a sample's tokens."""
 
     dim: int
     blocks: int
@@ -235,16 +259,17 @@ class TextRefiner(nn.Module):
 
     @nn.compact
     def __call__(
-        self, c: Float[Array, "b m e"], mask: Bool[Array, "b m"], t: Float[Array, " b"]
+        self, c: Float[Array, "b m e"], samples: Int[Array, "b m"], t: Float[Array, "b s"]
     ) -> Float[Array, "b m d"]:
         x = Linear(self.dim, (None, "embed"), dtype=self.block["dtype"], name="tokens")(c)
         if not self.blocks:
             return x
-        weights = mask[:, :, None].astype(jnp.float32)
-        mean = jnp.sum(c * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+        weights = jax.nn.one_hot(samples - 1, t.shape[1])
+        total = jnp.einsum("bms,bme->bse", weights, c.astype(jnp.float32), precision="highest")
+        mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)[:, :, None]
         condition = jax.nn.silu(ScalarEmbed(self.dim, name="time")(t) + _embed(self.dim, "pooled")(mean))
         blocks = self.stack(partial(RefinerBlock, **self.block), self.blocks, name="blocks")
-        return blocks(x, condition, padding(mask))
+        return blocks(x, condition, Segments(samples, samples))
 
 
 class RefinerBlock(nn.Module):
@@ -256,8 +281,8 @@ class RefinerBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, condition: Float[Array, "b d"], segments: Segments) -> Tokens:
-        gate, gate_mlp = Modulation(x.shape[-1], 2, name="modulation")(condition)
+    def __call__(self, x: Tokens, condition: Float[Array, "b s d"], segments: Segments) -> Tokens:
+        gate, gate_mlp = Modulation(x.shape[-1], 2, name="modulation")(condition, segments.q)
         norm = partial(LayerNorm, affine=True, dtype=self.dtype)
         q, k, v = QKV(self.heads, norm=False, dtype=self.dtype, name="qkv")(norm(name="norm")(x))
         o = self.attention(q, k, v, segments)

@@ -13,10 +13,10 @@ FREQUENCIES = 256  # sinusoids a scalar is turned into: the number of every open
 SCALE = 1000.0  # the period of the slowest sinusoids assumes steps 0..1000, our scalars are of order one
 
 
-def sinusoidal(x: Float[Array, " b"], dim: int = FREQUENCIES, period: float = 1e4) -> Float[Array, "b {dim}"]:
+def sinusoidal(x: Float[Array, "*b"], dim: int = FREQUENCIES, period: float = 1e4) -> Float[Array, "*b {dim}"]:
     """`dim/2` cosines then `dim/2` sines of `x`, angular frequencies from 1 down to almost 1/period."""
     frequencies = jnp.exp(-math.log(period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-    angles = x.astype(jnp.float32)[:, None] * frequencies
+    angles = x.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -26,5 +26,5 @@ class ScalarEmbed(nn.Module):
     dim: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, " b"]) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "*b"]) -> Float[Array, "*b d"]:
         return MLP(self.dim, self.dim, act=jax.nn.silu, name="mlp")(sinusoidal(SCALE * x))

@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from vgjax.errors import UserError
 from vgjax.typing import Array, Float, Int
 
-Rotation = tuple[Float[Array, "#b s f"], Float[Array, "#b s f"]]  # cosines and sines, one a token and frequency
+Rotation = tuple[Float[Array, "#b j f"], Float[Array, "#b j f"]]  # cosines and sines, one a token and frequency
 
 
 def split(head_dim: int) -> tuple[int, int, int]:
@@ -51,7 +51,7 @@ def interleaved(head_dim: int) -> np.ndarray:
     return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
 
 
-def waves(positions: Int[Array, "n a"], size: int) -> Float[Array, "n f"]:
+def waves(positions: Int[Array, "b n a"], size: int) -> Float[Array, "b n f"]:
     """Fixed sine-cosine features of ids: `size` of them a dimension, wavelengths from 2 to 64 places."""
-    angles = positions[:, :, None] * (2.0 * np.pi / np.geomspace(2.0, 64.0, size // 2))
-    return rearrange(jnp.stack([jnp.sin(angles), jnp.cos(angles)]), "s n a f -> n (a s f)")
+    angles = positions[..., None] * (2.0 * np.pi / np.geomspace(2.0, 64.0, size // 2))
+    return rearrange(jnp.stack([jnp.sin(angles), jnp.cos(angles)]), "s b n a f -> b n (a s f)")
