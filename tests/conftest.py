@@ -11,8 +11,11 @@ import jax
 import pytest
 from absl import flags
 
+from vgjax import topology
+
 ROOT = Path(__file__).parents[1]
 
+topology.environment()  # chips that are absent are compiled for
 # The suite compiles far more than it computes: without LLVM's optimizations it compiles three times faster.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["PJRT_NPROC"] = "64"  # threads: see program.start

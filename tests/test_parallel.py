@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import pytest
 from battery import perturbed_like
 from conftest import program
 
-from vgjax import layouts, sample, sharding, state, step
+from vgjax import hlo, layouts, sample, sharding, state, step
 from vgjax.models.causal_vae import CausalVAE, LatentStats
 from vgjax.models.mmdit import MMDiT
 from vgjax.models.text import TextEncoder
@@ -19,6 +22,7 @@ from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
 from vgjax.optim import adamw, schedule
 
+GOLDEN = Path(__file__).parent / "golden"
 BATCH, STEPS, B1 = 8, 3, 0.9
 VAE = CausalVAE(width=8, multipliers=(1, 2), blocks=1, time=(2,), space=(2,), latent_channels=4)
 # Six heads on eight devices, 2 x 4 x 4 video tokens and 7 of text: the joint sequence divides by nothing.
@@ -97,9 +101,9 @@ def batch_of(kind, number):
 
 
 def run(kind, name, devices, **asked):
-    """(loss and gradients of the first batch, parameters after three steps), from parameters that no init would give.
+    """(loss and gradients of the first batch, parameters after three steps), and what its compiled step looks like.
 
-    The gradients are read off Adam's first moment after one step.
+    From parameters that no init would give. The gradients are read off Adam's first moment after one step.
     """
     layout, mesh = layouts.find(name, devices, **asked)
     # A key's bias has no gradient, since softmax does not see it: with a small eps Adam makes steps of its rounding.
@@ -113,15 +117,24 @@ def run(kind, name, devices, **asked):
         now = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract).replace(params=params, ema=params)
         now = jax.tree.map(np.array, now)  # each leaf a buffer of its own, to be donated
         now = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), now, abstract)
-        train = step.make(objective, optimizer, abstract, clip=0.0)
-        for number in range(STEPS):
-            now, metrics = train(now, frozen, sharding.place(batch_of(kind, number), layout, mesh))
+        batches = [sharding.place(batch_of(kind, number), layout, mesh) for number in range(STEPS)]
+        train = step.make(objective, optimizer, abstract, clip=0.0).lower(abstract, frozen, batches[0]).compile()
+        for number, batch in enumerate(batches):
+            now, metrics = train(now, frozen, batch)
             if number == 0:
                 loss, moment = jax.device_get((metrics["loss"], now.opt[player][0].mu))
     jax.tree.map(
         lambda leaf, at: leaf.sharding.is_equivalent_to(at.sharding, leaf.ndim) or pytest.fail(), now, abstract
     )
-    return loss[0] / loss[1], jax.tree.map(lambda leaf: leaf / (1 - B1), moment), jax.device_get(now.params)
+    sent = Counter()
+    for collective in hlo.parse(train.as_text()).collectives():
+        sent[collective.kind] += collective.times
+    specs = {jax.tree_util.keystr(path): str(leaf.sharding.spec) for path, leaf in leaves(now.params)}
+    run = loss[0] / loss[1], jax.tree.map(lambda leaf: leaf / (1 - B1), moment), jax.device_get(now.params)
+    return run, {"collectives": dict(sorted(sent.items())), "params": specs}
+
+
+leaves = jax.tree_util.tree_leaves_with_path
 
 
 def near(ours, theirs, bound=1e-5):
@@ -136,7 +149,7 @@ def near(ours, theirs, bound=1e-5):
 
 @pytest.fixture(scope="module")
 def one():
-    return {kind: run(kind, "dp", 1) for kind in (flow, packed, vae)}
+    return {kind: run(kind, "dp", 1)[0] for kind in (flow, packed, vae)}
 
 
 CASES = {name: {} for name in layouts.LAYOUTS} | {
@@ -156,10 +169,24 @@ RUNS = [
 @pytest.mark.parametrize("kind,name", RUNS, ids=[f"{kind.__name__}-{name}" for kind, name in RUNS])
 def test_eight_devices_are_the_same_run_as_one(one, kind, name):
     loss, gradients, params = one[kind]
-    many = run(kind, name.split()[0], 8, **CASES[name])
+    many, seen = run(kind, name.split()[0], 8, **CASES[name])
     assert abs(many[0] - loss) <= 1e-5 * abs(loss)
     near(many[1], gradients)
     near(many[2], params)
+    golden(f"{kind.__name__}-{name}", seen)
+
+
+def golden(name, seen):
+    """What a step sends and where its parameters lie, as written down; VGJAX_GOLDEN=write writes it anew.
+
+    Other versions of the compiler may send otherwise: there only the places are compared.
+    """
+    path = GOLDEN / f"{name.replace(' ', '_')}.json"
+    if os.environ.get("VGJAX_GOLDEN") == "write":
+        path.write_text(json.dumps({"jax": jax.__version__, **seen}, indent=1) + "\n")
+    written = json.loads(path.read_text())
+    assert seen["params"] == written["params"]
+    assert seen["collectives"] == written["collectives"] or jax.__version__ != written["jax"]
 
 
 @pytest.mark.parametrize("name", ["fsdp", "hsdp", "fsdp_tp", "ulysses", "usp"])

@@ -3,8 +3,7 @@
 import jax
 import pytest
 
-from vgjax import experiment, layouts, plan, program, sharding, topology
-from vgjax.errors import UserError
+from vgjax import experiment, layouts, plan, program, sharding
 
 
 def built(*flags):
@@ -28,9 +27,3 @@ def test_the_planned_step_is_lowered_for_a_mesh_and_its_state_is_spread_over_it(
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.params))
     assert whole / 8 <= plan.memory_of_state(job)["params"] < whole / 4
     assert job.flops > plan.model_flops(model, "train") / 2 and job.tokens > 0
-
-
-@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:0x2x2", "h100:x"])
-def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
-    with pytest.raises(UserError, match="v5p"):
-        topology.find(name)

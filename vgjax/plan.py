@@ -260,7 +260,10 @@ def memory_of_state(job: Job) -> dict[str, float]:
 def refusal(error: Exception, row: Row) -> dict[str, Any]:
     """What the compiler says against a program: too large, or its first line."""
     text = str(error)
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
+    number = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {number} of {number} hbm", text) or re.search(
+        rf"required for [\w ]+ \({number}\) exceeds available HBM \({number}\)", text
+    )
     if found is None:
         return {"reason": next((line for line in text.splitlines() if line.strip()), type(error).__name__)[:300]}
     scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
