@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from vgjax import flops
+from vgjax.attention.splash import splash
 
 
 def shape(*dims: int) -> jax.ShapeDtypeStruct:
@@ -106,6 +107,14 @@ def test_shard_map_counts_the_work_of_all_its_devices():
     spec = PartitionSpec("data")
     fn = jax.shard_map(block, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
     assert flops.count(fn, X, W) == ONE
+
+
+def test_a_kernel_counts_the_work_of_its_tiles():
+    q, k = shape(3, 600, 2, 16), shape(3, 1200, 2, 16)
+    tiles = 2 * (3 * 640 * 1280 * 2 * 16)  # one matmul, padded to tiles
+    assert flops.count(lambda q, k: splash(q, k, k, None), q, k) == 2 * tiles
+    both = jax.grad(lambda q, k: splash(q, k, k, None).sum(), (0, 1))
+    assert flops.count(both, q, k) == pytest.approx((2 + 3 + 4) * tiles, rel=1e-3)  # forward; dq; dk and dv
 
 
 def test_peak_is_that_of_one_device_and_none_where_it_is_unknown():

@@ -57,7 +57,8 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs of the matmuls and convolutions in `fn(*args)`; arguments may be ShapeDtypeStructs, nothing is computed.
 
     Loops count every iteration (`while`, whose length is unknown, one), branches the dearest. The padding of a
-    convolution counts as work. Kernels that JAX cannot look into (Pallas, cuDNN) count nothing.
+    convolution counts as work. A Pallas kernel counts its body at every place of its grid, cuDNN's attention its two
+    matmuls forward and five backward.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -80,7 +81,12 @@ def _count(jaxpr: Any) -> float:
             total += eqn.params["length"] * sum(inner)
         elif kind == "shard_map":
             total += eqn.params["mesh"].size * sum(inner)
-        elif kind != "pallas_call":
+        elif kind == "pallas_call":
+            total += math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
+        elif kind.startswith("dot_product_attention"):
+            q, k = (variable.aval for variable in eqn.invars[:2])  # b n h k, or b h n k by its `layout`
+            total += (10 if "bwd" in kind else 4) * q.size * k.shape[2 if eqn.params["layout"] else 1]
+        else:
             total += sum(inner)
     return total
 
