@@ -60,13 +60,14 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
     convolution counts as work. A Pallas kernel counts its body at every place of its grid, cuDNN's attention its two
     matmuls forward and five backward.
     """
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+    return traced(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
+def traced(jaxpr: Any) -> float:
+    """The same of a function that was traced already: `jax.jit(fn).trace(*args).jaxpr.jaxpr`."""
     total = 0.0
     for eqn in jaxpr.eqns:
-        kind, inner = eqn.primitive.name, [_count(sub) for sub in _inner(eqn)]
+        kind, inner = eqn.primitive.name, [traced(sub) for sub in _inner(eqn)]
         if kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)

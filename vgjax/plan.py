@@ -184,14 +184,13 @@ def train_job(built: experiment.Experiment, where: Where) -> Job:
     """The train step of `vgjax.train` on latents."""
     config, objective = built.config, built.objective
     batch = abstract_batch(built, config.train.batch, where)
-    loss, inputs = training(built)
+    example = jax.eval_shape(objective.prepare, frozen_of(built), batch)
     optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
-    abstract, _ = state.builder(objective, optimizer, config.seed, inputs[1], *where)
-    train = step.make(objective, optimizer, abstract, **of_step)
-    count, m = inputs[1]["text"].shape[:2]
-    tokens = count * (objective.model.tokens(inputs[1]["x"].shape[1:4]) + m)
-    lowered = train.lower(abstract, frozen_of(built), batch)
-    return Job(lowered, abstract, abstract.params, flops.count(jax.grad(loss), *inputs), tokens)
+    abstract, _ = state.builder(objective, optimizer, config.seed, example, *where)
+    traced = step.make(objective, optimizer, abstract, **of_step).trace(abstract, frozen_of(built), batch)
+    count, m = example["text"].shape[:2]
+    tokens = count * (objective.model.tokens(example["x"].shape[1:4]) + m)
+    return Job(traced.lower(), abstract, abstract.params, flops.traced(traced.jaxpr.jaxpr), tokens)
 
 
 def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
@@ -214,8 +213,8 @@ def sample_job(built: experiment.Experiment, where: Where) -> Job:
     """The sampler of `vgjax.sample`."""
     integrated, inputs = sampling(built, where)
     tokens = built.config.train.batch * built.objective.model.tokens(integrated.args[2][:3])
-    lowered = sample.integrated.lower(*integrated.args, *inputs)
-    return Job(lowered, None, inputs[0], flops.count(integrated, *inputs), tokens)
+    traced = sample.integrated.trace(*integrated.args, *inputs)
+    return Job(traced.lower(), None, inputs[0], flops.traced(traced.jaxpr.jaxpr), tokens)
 
 
 def frozen_of(built: experiment.Experiment) -> PyTree:
