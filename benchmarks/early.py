@@ -7,6 +7,7 @@ the model decides by itself. Then samples from noise alone under several guidanc
 number of objects. Writes benchmarks/results/early.json.
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -33,6 +34,8 @@ CLIPS = 128
 def main() -> None:
     program.start()
     sampler = sample.load(sys.argv[1])
+    # Not churn: it goes back to where everything is open.
+    sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, stepper="euler"))
     config = sampler.experiment.config
     clips = evaluate.clips_of(experiment.source(config, "val"), config, CLIPS)
     captions = [clip.caption for clip in clips]

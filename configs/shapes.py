@@ -81,7 +81,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
             max_dropped=10,
         )
         config.evaluate = dict(clips=64, prompts=100, path="")
-        config.sample = dict(steps=32, cfg=4.0, interval=(0.0, 0.35))
+        config.sample = dict(steps=64, stepper="churn", cfg=2.5, interval=(0.0, 0.6))
     else:
         raise ValueError(f"configs/shapes.py:{arg} is unknown: use vae or dit")
     return config

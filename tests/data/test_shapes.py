@@ -89,9 +89,10 @@ def test_splits_keep_their_promises(world):
 
 def test_full_world_shows_one_or_two_objects_of_different_colours():
     rng = np.random.default_rng(4)
-    scenes = [WORLDS["full"].sample(rng)[0] for _ in range(200)]
-    assert 0.25 < np.mean([len(s.objects) == 2 for s in scenes]) < 0.42, "a third shows two"
-    assert all(len({o.color for o in s.objects}) == len(s.objects) for s in scenes)
+    for split, share in shapes.PAIRS.items():
+        scenes = [WORLDS["full"].sample(rng, split)[0] for _ in range(200)]
+        assert abs(np.mean([len(s.objects) == 2 for s in scenes]) - share) < 0.1
+        assert all(len({o.color for o in s.objects}) == len(s.objects) for s in scenes)
 
 
 def read(path):
