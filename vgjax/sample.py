@@ -179,9 +179,11 @@ def wanted(built: experiment.Experiment) -> PyTree:
     """The abstract parameters of a flow, in their boxes of names."""
     data, objective = built.config.data, built.objective
     text, mask = built.tokenizer("")
-    x = jnp.zeros((1, *built.vae.latent_shape(data.frames, *data.size)))
-    batch = {"x": x, "text": jnp.asarray(text)[None], "mask": jnp.asarray(mask)[None]}
-    return jax.eval_shape(lambda: objective.init(jax.random.key(0), batch))
+    shapes = {"x": (built.vae.latent_shape(data.frames, *data.size), jnp.float32)}
+    shapes |= {"text": (text.shape, text.dtype), "mask": (mask.shape, mask.dtype)}
+    # Abstract, so that nothing runs on devices which may be absent.
+    batch = {name: jax.ShapeDtypeStruct((1, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), batch)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -87,7 +87,7 @@ def test_what_stands_in_padding_is_never_read(apply):
     np.testing.assert_array_equal(apply(x, t, garbage, mask, vec, guidance), apply(x, t, c, mask, vec, guidance))
 
 
-def test_packed_rows_equal_their_samples_alone(params):
+def test_packed_rows_equal_their_samples_alone(params, apply):
     """Three videos of different sizes in two rows, with padding in between and behind."""
     samples = [inputs(b=1, m=3, grid=(1, 4, 6)), inputs(b=1, m=5, grid=(2, 4, 2)), inputs(b=1, m=2, grid=(3, 2, 2))]
     samples = [[leaf + 0.1 * i if leaf.dtype == jnp.float32 else leaf for leaf in s] for i, s in enumerate(samples)]
@@ -112,7 +112,7 @@ def test_packed_rows_equal_their_samples_alone(params):
     packed = jax.jit(lambda *args: MODEL.apply({"params": params}, *args, method="packed"))(*given)
     for i, (row, at, end, grid) in found.items():
         x, t, text, _, vec, guidance = samples[i]
-        alone = MODEL.apply({"params": params}, x, t, text, jnp.ones(text.shape[:2], bool), vec, guidance)
+        alone = apply(x, t, text, jnp.ones(text.shape[:2], bool), vec, guidance)
         np.testing.assert_allclose(patch.unpatchify(packed[row : row + 1, at:end], MODEL.patch, grid), alone, atol=1e-5)
 
 
