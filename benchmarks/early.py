@@ -27,6 +27,7 @@ GUIDANCES = {
     "2": {"cfg": 2.0, "interval": (0.0, 1.0)},
     "4": {"cfg": 4.0, "interval": (0.0, 1.0)},
     "4 until t = 0.35": {"cfg": 4.0, "interval": (0.0, 0.35)},
+    "2.5 until t = 0.6, churn": {"cfg": 2.5, "interval": (0.0, 0.6), "stepper": "churn", "steps": 64},
 }
 CLIPS = 128
 

@@ -77,3 +77,13 @@ def value_and_gradients(attention, q, k, v) -> tuple[jax.Array, ...]:
     target = jax.random.normal(jax.random.key(9), q.shape)
     o, back = jax.vjp(attention, q, k, v)
     return o, *back(target)
+
+
+def naive_attention(q, k, v, segments=None) -> jax.Array:
+    """The formula as it stands in the paper, without care for overflow; a query that sees no key gets 0."""
+    seen = jnp.ones((q.shape[0], 1, q.shape[1], k.shape[1]))
+    if segments is not None:
+        seen = (segments.q[:, None, :, None] == segments.kv[:, None, None, :]) * (segments.kv > 0)[:, None, None, :]
+    weights = jnp.exp(jnp.einsum("bnhk,bmhk->bhnm", q, k) / q.shape[-1] ** 0.5) * seen
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights / jnp.where(total == 0, 1, total), v)

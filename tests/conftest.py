@@ -11,7 +11,8 @@ import jax
 import pytest
 from absl import flags
 
-from vgjax import topology
+from vgjax import experiment, plan, topology
+from vgjax.program import read_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +34,13 @@ def program(module: str, *args: str, **environment: str) -> subprocess.Completed
     command = [sys.executable, "-m", f"vgjax.{module}", *map(str, args)]
     env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def planned(*flags: str) -> experiment.Experiment:
+    """What `vgjax.plan` would compile of the tiny config, with its flags or the config's."""
+    args, rest = plan.parse(["--topology", "none", "--config", "tests/tiny.py:dit", *flags])
+    config, _, _ = read_config(["plan", *rest], "", workdir=False)
+    return experiment.build(plan.adapt(config, args), plan.vae_of(args))
 
 
 @pytest.fixture(scope="session")

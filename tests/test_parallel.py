@@ -161,7 +161,7 @@ CASES = {name: {} for name in layouts.LAYOUTS} | {
 # To a VAE, which has no attention, hsdp is fsdp, ulysses is ring and tp is dp.
 RUNS = [
     *((flow, name) for name in CASES),
-    *((packed, name) for name in ("fsdp_tp", "usp")),  # usp is Ulysses over a ring
+    *((packed, name) for name in ("fsdp_tp", "ulysses", "ring", "usp")),
     *((vae, name) for name in ("dp", "fsdp", "fsdp_tp", "ulysses", "usp")),
 ]
 

@@ -1,15 +1,14 @@
 """The real TPU compiler takes what is meant to run there: kernels, train step, sampler, offloading; without a TPU."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import planned
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vgjax import experiment, layouts, plan, program, sharding, topology
+from vgjax import layouts, plan, sharding, topology
 from vgjax.attention.segments import Segments
 from vgjax.attention.splash import splash
 from vgjax.errors import UserError
@@ -17,7 +16,7 @@ from vgjax.nn.stack import Stack
 
 SLICE = "v5e:2x2"
 # Two heads of 64 and 1280 video tokens: enough for the kernel.
-TINY = ["--config", "tests/tiny.py:dit", "--size", "256x256", "--frames", "17", "--batch", "2"]
+TINY = ["--size", "256x256", "--frames", "17", "--batch", "2", "--config.precision=bfloat16"]
 TINY += ["--config.model.dim=128", "--config.model.rope_dims=(16,24,24)", "--config.model.remat=attention"]
 
 
@@ -43,10 +42,7 @@ def test_every_tpu_takes_the_attention_kernel_forward_and_backward(chip):
 
 @pytest.mark.parametrize("job,kind", [("train", "ulysses"), ("sample", "fsdp_tp")])
 def test_a_slice_takes_the_train_step_and_the_sampler(job, kind):
-    args, rest = plan.parse(["--topology", SLICE, *TINY, f"--config.layout={kind}"])
-    config, _, _ = program.read_config(["plan", *rest], "", workdir=False)
-    config.precision = "bfloat16"
-    built = experiment.build(plan.adapt(config, args), plan.vae_of(args))
+    built = planned(*TINY, f"--config.layout={kind}")
     layout = layouts.named(kind)
     mesh = layout.mesh(topology.find(SLICE).devices)
     with sharding.use(layout, mesh):
@@ -67,7 +63,7 @@ def test_offloading_moves_activations_to_the_host():
     one, memory = on("v4:2x2x1"), {}
     x = jax.ShapeDtypeStruct((8192, 1024), jnp.float32, sharding=one)
     for remat in ("full", "offload"):
-        stack = Stack(partial(Block), 8, remat)
+        stack = Stack(Block, 8, remat)
         params = jax.eval_shape(stack.init, jax.random.key(0), x)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), params)
         grad = jax.jit(jax.grad(lambda p, x, stack=stack: jnp.sum(stack.apply(p, x) ** 2)))

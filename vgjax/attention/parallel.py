@@ -8,11 +8,9 @@ part of the tokens, behind the video: a few hundred among many thousands, so the
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
 from vgjax import sharding
 from vgjax.attention.full import Full
-from vgjax.attention.segments import Segments, pad
+from vgjax.attention.segments import Segments, everyone, pad
 from vgjax.typing import Array, Float
 
 TOKENS = ("batch", "tokens", "heads", None)
@@ -40,7 +38,7 @@ class Parallel:
         n, heads = q.shape[1:3]
         tokens = sharding.degree("tokens")
         if segments is None and (n % tokens or k.shape[1] % tokens):
-            segments = Segments(*(jnp.ones(x.shape[:2], jnp.int32) for x in (q, k)))
+            segments = everyone(q, k)
         q, k, v = (pad(pad(x, 1, tokens), 2, sharding.degree("heads")) for x in (q, k, v))
         ids = () if segments is None else tuple(pad(x, 1, tokens) for x in segments)
         names = (TOKENS,) * 3 + (TOKENS[:2],) * len(ids)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vgjax.typing import Array, Bool, Int
+from vgjax.typing import Array, Bool, Float, Int
 
 
 class Segments(NamedTuple):
@@ -18,6 +18,11 @@ def padding(mask: Bool[Array, "b n"]) -> Segments:
     """Self-attention among the tokens that `mask` keeps."""
     ids = mask.astype(jnp.int32)
     return Segments(ids, ids)
+
+
+def everyone(q: Float[Array, "b n h k"], k: Float[Array, "b m h k"]) -> Segments:
+    """All queries see all keys: what padding, with its 0, is told from."""
+    return Segments(*(jnp.ones(x.shape[:2], jnp.int32) for x in (q, k)))
 
 
 def allowed(segments: Segments) -> Bool[Array, "b n m"]:

@@ -4,17 +4,17 @@ Its tiles are everything for its speed. They are chosen here from the local leng
 enough for the scoped vector memory of every TPU from v4 on, forward and backward.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vgjax.attention.segments import Segments, allowed, pad
+from vgjax.attention.segments import Segments, allowed, everyone, pad
 from vgjax.typing import Array, Float
 
-LANES = 128
-# Candidates for a tile: halves and quarters of a key tile are multiples of the lanes too.
+# Candidates for a tile, multiples of a TPU's 128 lanes; half a tile of keys is one too.
 QUERIES = (512, 640, 768, 896, 1024)
 KEYS = (1024, 1280, 1536, 2048)
 
@@ -32,7 +32,7 @@ def splash(
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
     of_q, of_kv = tile(n, QUERIES), tile(m, KEYS)
     if segments is None and (n % of_q or m % of_kv):
-        segments = Segments(*(jnp.ones(x.shape[:2], jnp.int32) for x in (q, k)))
+        segments = everyone(q, k)
     q, k, v = (rearrange(x, "b n h k -> b h n k") for x in (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v))
     q, k, v = (pad(x, 2, size) for x, size in ((q, of_q), (k, of_kv), (v, of_kv)))
     attend = jax.vmap(_kernel(heads, q.shape[2], k.shape[2], of_q, of_kv, interpret))
@@ -57,17 +57,15 @@ def _kernel(heads: int, n: int, m: int, of_q: int, of_kv: int, interpret: bool) 
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     mask = kernels.MultiHeadMask([kernels.FullMask((n, m))] * heads)
-    half, quarter = (max(LANES, of_kv // part // LANES * LANES) for part in (2, 4))
-    half, quarter = (part if of_kv % part == 0 else LANES for part in (half, quarter))
     sizes = kernels.BlockSizes(
         block_q=of_q,
         block_kv=of_kv,
-        block_kv_compute=half,
+        block_kv_compute=of_kv // 2,
         block_q_dkv=of_q,
         block_kv_dkv=of_kv,
-        block_kv_dkv_compute=quarter,
+        block_kv_dkv_compute=math.gcd(of_kv, 512),
         block_q_dq=of_q,
-        block_kv_dq=half,
+        block_kv_dq=of_kv // 2,
     )
     return kernels.make_splash_mha(
         mask,
