@@ -40,6 +40,25 @@ def test_every_tpu_takes_the_attention_kernel_forward_and_backward(chip):
     assert done.memory_analysis().temp_size_in_bytes < 4500 * 4500  # no scores in memory
 
 
+def test_a_ring_runs_the_kernel_on_every_block_and_keeps_none_of_them():
+    layout = layouts.named("ring")
+    mesh = layout.mesh(topology.find(SLICE).devices)
+    x, ids = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(None, "sequence")))
+        for shape, dtype in (((1, 32768, 16, 128), jnp.bfloat16), ((1, 32768), jnp.int32))
+    )
+
+    def loss(q, k, v, ids):
+        return jnp.sum(layout.attention()(q, k, v, Segments(ids, ids)).astype(jnp.float32))
+
+    with sharding.use(layout, mesh):
+        done = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, ids).compile()
+    text = done.as_text()
+    assert text.count("tpu_custom_call") >= 6 and "collective-permute" in text  # each kernel in the loop and behind it
+    local = 8192 * 16 * 128 * 4  # one fp32 tensor of a device
+    assert done.memory_analysis().temp_size_in_bytes < 16 * local  # each block kept would add two
+
+
 @pytest.mark.parametrize("job,kind", [("train", "ulysses"), ("sample", "fsdp_tp")])
 def test_a_slice_takes_the_train_step_and_the_sampler(job, kind):
     built = planned(*TINY, f"--config.layout={kind}")

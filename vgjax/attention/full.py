@@ -108,8 +108,7 @@ def with_lse(
 ) -> tuple[Float[Array, "b h n k"], Float[Array, "b h n"]]:
     """Attention and the log of its sum of exponentials, both fp32, so that more keys can be merged in.
 
-    A query without keys has an output of 0 and a log-sum-exp of -1e20. `chunk` queries at a time; the backward pass
-    recomputes their scores.
+    A query without keys has an output of 0 and a log-sum-exp of -1e20. `chunk` queries at a time.
     """
 
     def one(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, Array]:
@@ -120,6 +119,41 @@ def with_lse(
     return _chunked(one, q, k, v, segments, chunk)
 
 
+def gradients(
+    q: Float[Array, "b h n k"],
+    k: Float[Array, "b h m k"],
+    v: Float[Array, "b h m k"],
+    segments: Segments | None,
+    o: Float[Array, "b h n k"],
+    lse: Float[Array, "b h n"],
+    do: Float[Array, "b h n k"],
+    chunk: int = 512,
+) -> tuple[Float[Array, "b h n k"], Float[Array, "b h m k"], Float[Array, "b h m k"]]:
+    """What these keys and values add to the gradients of q, and their own; fp32.
+
+    `o` and `lse` are of all the keys that the queries saw, `do` is the gradient of `o`: the softmax's weights follow
+    from `lse`, so each block of keys does its part alone (Dao 2023, arXiv:2307.08691, algorithm 2).
+    """
+    n, scale = q.shape[2], q.shape[-1] ** -0.5
+    count = -(-n // chunk)
+    inner = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
+    rows = tuple(rearrange(pad(x, 2, count), "b h (c n) ... -> c b h n ...", c=count) for x in (q, do, lse, inner))
+    ids = None if segments is None else rearrange(pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def one(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
+        (q, do, lse, inner), ids = part
+        mask = None if ids is None else allowed(Segments(ids, segments.kv))[:, None]
+        weights = jnp.exp(_scores(q, k, mask) - lse[..., None])
+        slope = weights * (einsum("bhnk,bhmk->bhnm", do, v) - inner[..., None]) * scale
+        weights, slope = weights.astype(v.dtype), slope.astype(v.dtype)
+        dk, dv = sums[0] + einsum("bhnm,bhnk->bhmk", slope, q), sums[1] + einsum("bhnm,bhnk->bhmk", weights, do)
+        return (dk, dv), einsum("bhnm,bhmk->bhnk", slope, k)
+
+    (dk, dv), dq = jax.lax.scan(one, (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), (rows, ids))
+    return rearrange(dq, "c b h n k -> b h (c n) k")[:, :, :n], dk, dv
+
+
 def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "..."] | None) -> Array:
     """Softmax attention over the last two dims of `... n k`; `mask` broadcasts to `... n m`."""
     weights, total, _ = _weigh(q, k, mask)
@@ -128,14 +162,17 @@ def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "..."] | None) -> Ar
 
 def _weigh(q: Array, k: Array, mask: Bool[Array, "..."] | None) -> tuple[Array, Array, Array]:
     """(weights, their sum, the score that weighs 1) of each query, fp32."""
-    scores = jnp.einsum("...nk,...mk->...nm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -1e30)
+    scores = _scores(q, k, mask)
     # The floor makes a row without keys underflow to exact zeros, and its sum is then held away from 0: no NaN, and
     # no gradient. A row with keys has a sum of at least 1.
     top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e20))
     weights = jnp.exp(scores - top)
     return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5), top
+
+
+def _scores(q: Array, k: Array, mask: Bool[Array, "..."] | None) -> Array:
+    scores = jnp.einsum("...nk,...mk->...nm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    return scores if mask is None else jnp.where(mask, scores, -1e30)
 
 
 def _cudnn_takes(q: Array, k: Array, segments: Segments | None) -> bool:

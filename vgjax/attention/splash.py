@@ -27,22 +27,57 @@ def splash(
     interpret: bool = False,
 ) -> Float[Array, "b n h k"]:
     """Full attention; its output and log-sum-exp carry the name "attention" for remat. interpret: without a TPU."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as kernels  # half a second, for TPUs alone
-
-    n, m, heads = q.shape[1], k.shape[1], q.shape[2]
-    of_q, of_kv = tile(n, QUERIES), tile(m, KEYS)
-    if segments is None and (n % of_q or m % of_kv):
-        segments = everyone(q, k)
-    q, k, v = (rearrange(x, "b n h k -> b h n k") for x in (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v))
-    q, k, v = (pad(x, 2, size) for x, size in ((q, of_q), (k, of_kv), (v, of_kv)))
-    attend = jax.vmap(_kernel(heads, q.shape[2], k.shape[2], of_q, of_kv, interpret))
+    n = q.shape[1]
+    q, k, v = (rearrange(x, "b n h k -> b h n k") for x in (q, k, v))
+    attend, parts, ids = _prepared(q, k, v, segments, interpret)
+    o = rearrange(jax.vmap(attend)(*parts, ids), "b h n k -> b n h k")[:, :n]
     if segments is None:
-        return rearrange(attend(q, k, v), "b h n k -> b n h k")
-    ids = Segments(pad(segments.q, 1, of_q), pad(segments.kv, 1, of_kv))
-    o = rearrange(attend(q, k, v, kernels.SegmentIds(*ids)), "b h n k -> b n h k")[:, :n]
-    # The kernel knows no id of its own for padding, and gives a mean to a query without keys.
+        return o
+    # The kernel gives a mean to a query without keys.
     seen = jnp.any(allowed(segments), axis=-1)  # fused: no mask in memory
     return jnp.where(seen[:, :, None, None], o, 0)
+
+
+def with_lse(
+    q: Float[Array, "b h n k"],
+    k: Float[Array, "b h m k"],
+    v: Float[Array, "b h m k"],
+    segments: Segments | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b h n k"], Float[Array, "b h n"]]:
+    """As `full.with_lse`: the output in fp32 (rounded by the kernel to the type of q) and the log-sum-exp."""
+    n = q.shape[2]
+    attend, parts, ids = _prepared(q, k, v, segments, interpret, save_residuals=True)
+    o, (lse,) = jax.vmap(attend)(*parts, ids)
+    o, lse = o[:, :, :n].astype(jnp.float32), lse[:, :, :n]
+    seen = lse > -1e19  # scores that may not be seen are lower by far
+    return jnp.where(seen[..., None], o, 0), jnp.where(seen, lse, -1e20)
+
+
+def gradients(
+    q: Float[Array, "b h n k"],
+    k: Float[Array, "b h m k"],
+    v: Float[Array, "b h m k"],
+    segments: Segments | None,
+    o: Float[Array, "b h n k"],
+    lse: Float[Array, "b h n"],
+    do: Float[Array, "b h n k"],
+    interpret: bool = False,
+) -> tuple[Float[Array, "b h n k"], Float[Array, "b h m k"], Float[Array, "b h m k"]]:
+    """As `full.gradients`: the kernel's backward pass, told the log-sum-exp over all keys instead of over these."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    n, m, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
+    attend, parts, ids = _prepared(q, k, v, segments, interpret)
+    extra = parts[0].shape[2] - n
+    o, lse, do = (jnp.pad(x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3)) for x in (o, lse, do))
+
+    def one(q: Array, k: Array, v: Array, ids: Any, o: Array, lse: Array, do: Array) -> tuple[Array, ...]:
+        saved = (q, k, v, ids, None, o, lse, attend.dq_mask_info, attend.dkv_mask_info)
+        return splash_attention_kernel._splash_attention_bwd(**attend.kwargs, res=saved, do=do)[3:6]
+
+    dq, dk, dv = (x.astype(jnp.float32) for x in jax.vmap(one)(*parts, ids, o, lse, do.astype(q.dtype)))
+    return dq[:, :, :n] * scale, dk[:, :, :m], dv[:, :, :m]
 
 
 def tile(size: int, candidates: tuple[int, ...]) -> int:
@@ -53,7 +88,27 @@ def tile(size: int, candidates: tuple[int, ...]) -> int:
     return min(candidates, key=lambda each: (-(-size // each) * each, -each))
 
 
-def _kernel(heads: int, n: int, m: int, of_q: int, of_kv: int, interpret: bool) -> Any:
+def _prepared(
+    q: Array, k: Array, v: Array, segments: Segments | None, interpret: bool, save_residuals: bool = False
+) -> tuple[Any, tuple[Array, Array, Array], Any]:
+    """(kernel for one sample, its scaled and padded arguments of the batch, the kernel's segment ids or None)."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels  # half a second, for TPUs alone
+
+    n, m = q.shape[2], k.shape[2]
+    of_q, of_kv = tile(n, QUERIES), tile(m, KEYS)
+    if segments is None and (n % of_q or m % of_kv):
+        segments = everyone(*(rearrange(x, "b h n k -> b n h k") for x in (q, k)))
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    q, k, v = (pad(x, 2, size) for x, size in ((q, of_q), (k, of_kv), (v, of_kv)))
+    kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], of_q, of_kv, interpret, save_residuals)
+    if segments is None:
+        return kernel, (q, k, v), None
+    of_keys = pad(segments.kv, 1, of_kv)
+    ids = kernels.SegmentIds(pad(segments.q, 1, of_q), jnp.where(of_keys == 0, -1, of_keys))  # 0 is nobody's
+    return kernel, (q, k, v), ids
+
+
+def _kernel(heads: int, n: int, m: int, of_q: int, of_kv: int, interpret: bool, save_residuals: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     mask = kernels.MultiHeadMask([kernels.FullMask((n, m))] * heads)
@@ -72,6 +127,7 @@ def _kernel(heads: int, n: int, m: int, of_q: int, of_kv: int, interpret: bool) 
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        save_residuals=save_residuals,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
