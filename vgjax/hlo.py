@@ -1,7 +1,7 @@
 """Reads a compiled program's HLO text: which collectives run how often on how many bytes, and the memory traffic.
 
 The text is that of one device (`compiled.as_text()`). Loops count as often as the compiler says they turn; a loop of
-unknown length counts once.
+unknown length counts once. Of two branches the one counts that is taken where the condition holds.
 """
 
 import math
@@ -64,9 +64,10 @@ class Program:
             yield name, times
             for op in self.computations[name].values():
                 turns = times * (self._turns(op) if op.kind == "while" else 1)
-                for key in ("body", "condition", "to_apply", "branch_computations", "true_computation", "calls"):
-                    if op.kind in ("while", "call", "conditional", "async-start") or key == "branch_computations":
+                if op.kind in ("while", "call", "conditional", "async-start"):
+                    for key in ("body", "condition", "to_apply", "true_computation", "calls"):
                         todo += [(called, turns) for called in op.called(key) if called in self.computations]
+                    todo += [(called, turns) for called in op.called("branch_computations")[-1:]]
 
     def _turns(self, loop: Op) -> int:
         """How often a loop turns: as the compiler notes it, or the constant that its counter is compared with."""

@@ -64,26 +64,79 @@ def test_full_equals_naive_attention_on_every_platform_in_fp32(platform, small, 
         np.testing.assert_allclose(Full(chunk=4)(*inputs(), segments), expected[name][0], atol=2e-5)
 
 
-def test_gpu_takes_the_fused_kernel_in_half_precision_and_hides_what_padding_would_break(monkeypatch):
+@jax.custom_vjp
+def undefined_gradient_past(lengths, x):
+    return x
+
+
+undefined_gradient_past.defvjp(
+    lambda lengths, x: (x, lengths),
+    lambda lengths, g: (
+        None,
+        jnp.where(jnp.arange(g.shape[1])[:, None, None] < lengths[:, None, None, None], g, jnp.nan),
+    ),
+)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """What cuDNN is asked, answered by XLA; NaN where cuDNN promises nothing."""
     calls = []
 
-    def kernel(q, k, v, mask=None, implementation=None):
+    def answer(q, k, v, mask=None, key_value_seq_lengths=None, implementation=None):
         assert implementation == "cudnn" and (mask is None or not (q.shape[1] % 2 or k.shape[1] % 2))
-        calls.append(mask)
-        return original(q, k, v, mask=mask, implementation="xla")
+        calls.append("mask" if mask is not None else "lengths" if key_value_seq_lengths is not None else "all")
+        if calls[-1] == "lengths":
+            k, v = (undefined_gradient_past(key_value_seq_lengths, x) for x in (k, v))
+        return original(q, k, v, mask=mask, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
 
     original = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
     monkeypatch.setattr(full, "platform", lambda: "gpu")
+    return calls
+
+
+def test_gpu_takes_the_fused_kernel_in_half_precision_and_hides_what_padding_would_break(kernel):
     half = tuple(a.astype(jnp.bfloat16) for a in inputs())
     for segments in SEGMENTS.values():
         o = Full()(*half, segments)
         assert o.dtype == jnp.bfloat16
         np.testing.assert_allclose(o.astype(jnp.float32), naive_attention(*inputs(), segments), atol=0.1)
-    assert len(calls) == len(SEGMENTS)
+    assert kernel == ["all" if s is None else "mask" for s in SEGMENTS.values()]
     Full()(*inputs())  # fp32 is none of cuDNN's business
     Full()(*(a[..., :6] for a in half))  # nor is a head of 6
-    assert len(calls) == len(SEGMENTS)
+    assert len(kernel) == len(SEGMENTS)
+
+
+def test_a_long_sequence_on_gpu_needs_no_mask_where_padding_lies_behind(kernel, monkeypatch):
+    monkeypatch.setattr(full, "SMALL_BIAS", 0)
+
+    def self_attention(ids):
+        return Segments(*(jnp.stack([ids(0, jnp.arange(n)), ids(1, jnp.arange(n))]).astype(jnp.int32) for n in (N, M)))
+
+    behind = {
+        "nothing": self_attention(lambda b, i: i >= 0),
+        "behind": self_attention(lambda b, i: i < [N, 4][b]),
+        "a whole sample": self_attention(lambda b, i: i < [N, 0][b]),
+    }
+    elsewhere = {
+        "in front": self_attention(lambda b, i: i >= 3),
+        "two segments": self_attention(lambda b, i: 1 + (i > 4)),
+    }
+
+    def attention(q, k, v, segments):
+        half = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        return Full(chunk=4)(*half, segments).astype(jnp.float32)
+
+    for large, asked in ((0, {"lengths"}), (2**31, {"lengths", "mask"})):
+        monkeypatch.setattr(full, "LARGE_BIAS", large)
+        for name, segments in (behind | elsewhere).items():
+            assert bool(full._is_prefix(segments)) == (name in behind), name
+            ours = value_and_gradients(partial(attention, segments=segments), *inputs())
+            theirs = value_and_gradients(partial(naive_attention, segments=segments), *inputs())
+            for one, other in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(one, other, atol=0.1, err_msg=name)
+        assert set(kernel) == asked
 
 
 def test_scores_are_softmaxed_in_fp32():

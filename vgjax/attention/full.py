@@ -23,8 +23,11 @@ from vgjax.typing import Array, Bool, Float, PyTree
 SMALL = 160 * 160
 # TPU: up to this many scores a head (a caption's tokens) XLA's own fusions do, and pad nothing to tiles.
 SHORT = 512 * 512
-# cuDNN takes segments as a dense bias; past this many bytes the chunked form needs less memory than the bias alone.
-BIAS_BYTES = 2**31
+# cuDNN takes segments as a dense bias. Past this many bytes reading it costs more than to ask, as the program runs,
+# whether all padding lies behind the keys, which needs none;
+SMALL_BIAS = 2**26
+# and past this many the chunked form needs less memory than the bias alone.
+LARGE_BIAS = 2**31
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,17 @@ class Full:
         where = platform()
         if where == "tpu" and q.shape[1] * k.shape[1] > SHORT and is_local():  # XLA cannot split a Pallas kernel
             return splash(q, k, v, segments)
-        if where == "gpu" and _cudnn_takes(q, k, segments):
-            return checkpoint_name(_cudnn(q, k, v, segments), "attention")
+        if where == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+            return checkpoint_name(_cudnn(q, k, v, segments, self.chunk), "attention")
         form = partial(_by_chunks, chunk=self.chunk)
         if where == "cpu":
             form = _batched if q.shape[1] * k.shape[1] <= SMALL else partial(_by_heads, chunk=self.chunk)
-        q, k, v = (rearrange(a, "b n h k -> b h n k") for a in (q, k, v))
-        return checkpoint_name(rearrange(form(q, k, v, segments), "b h n k -> b n h k"), "attention")
+        return checkpoint_name(_heads_first(form, q, k, v, segments), "attention")
+
+
+def _heads_first(form: Callable[..., Array], q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    q, k, v = (rearrange(a, "b n h k -> b h n k") for a in (q, k, v))
+    return rearrange(form(q, k, v, segments), "b h n k -> b n h k")
 
 
 def _batched(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
@@ -175,15 +182,42 @@ def _scores(q: Array, k: Array, mask: Bool[Array, "..."] | None) -> Array:
     return scores if mask is None else jnp.where(mask, scores, -1e30)
 
 
-def _cudnn_takes(q: Array, k: Array, segments: Segments | None) -> bool:
-    bias = 0 if segments is None else 2 * q.shape[0] * q.shape[1] * k.shape[1]
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and bias <= BIAS_BYTES
-
-
-def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
-    """cuDNN's fused kernel. With a mask its backward wants even lengths, and rows without keys come out as a mean."""
+def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
+    """cuDNN's fused kernel, where it needs no large bias to say who may see whom."""
     if segments is None:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    bias = 2 * q.shape[0] * q.shape[1] * k.shape[1]
+    otherwise = _masked if bias <= LARGE_BIAS else partial(_heads_first, partial(_by_chunks, chunk=chunk))
+    if bias <= SMALL_BIAS:
+        return otherwise(q, k, v, segments)
+    return jax.lax.cond(_is_prefix(segments), _prefixed, otherwise, q, k, v, segments)
+
+
+def _is_prefix(segments: Segments) -> Bool[Array, ""]:
+    """Whether each sample is one segment with padding behind its keys, and anywhere among its queries."""
+    first = segments.kv[:, :1]
+    behind = jnp.arange(segments.kv.shape[1]) >= _lengths(segments)[:, None]
+    keys, queries = segments.kv == jnp.where(behind, 0, first), (segments.q == first) | (segments.q == 0)
+    return jnp.all(keys) & jnp.all(queries)
+
+
+def _lengths(segments: Segments) -> Array:
+    return jnp.sum(segments.kv != 0, axis=1, dtype=jnp.int32)
+
+
+def _prefixed(q: Array, k: Array, v: Array, segments: Segments) -> Array:
+    """cuDNN told how many keys there are. What it leaves in padded places, gradients too, is replaced by zeros."""
+    lengths = _lengths(segments)
+    of_q, of_kv = (ids[:, :, None, None] != 0 for ids in segments)
+    seen = of_q & (lengths > 0)[:, None, None, None]
+    q, k, v = jnp.where(seen, q, 0), jnp.where(of_kv, k, 0), jnp.where(of_kv, v, 0)
+    # The kernel is given one key at least.
+    many = jnp.maximum(lengths, 1)
+    return jnp.where(seen, jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=many, implementation="cudnn"), 0)
+
+
+def _masked(q: Array, k: Array, v: Array, segments: Segments) -> Array:
+    """cuDNN with a bias. Its backward wants even lengths then, and rows without keys come out as a mean."""
     n = q.shape[1]
     q, k, v = (pad(a, 1, 2) for a in (q, k, v))
     mask = allowed(Segments(*(pad(a, 1, 2) for a in segments)))
