@@ -47,10 +47,12 @@ class Full:
         segments: Segments | None = None,
     ) -> Float[Array, "b n h k"]:
         where = platform()
-        if where == "tpu" and q.shape[1] * k.shape[1] > SHORT and is_local():  # XLA cannot split a Pallas kernel
-            return splash(q, k, v, segments)
-        if where == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-            return checkpoint_name(_cudnn(q, k, v, segments, self.chunk), "attention")
+        if is_local():  # XLA cannot split a kernel over devices
+            if where == "tpu" and q.shape[1] * k.shape[1] > SHORT:
+                return splash(q, k, v, segments)
+            half = q.dtype in (jnp.bfloat16, jnp.float16)
+            if where == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+                return checkpoint_name(_cudnn(q, k, v, segments, self.chunk), "attention")
         form = partial(_by_chunks, chunk=self.chunk)
         if where == "cpu":
             form = _batched if q.shape[1] * k.shape[1] <= SMALL else partial(_by_heads, chunk=self.chunk)
