@@ -13,7 +13,18 @@ install "$(accelerator)"
 [ -n "$(accelerator)" ] || keep_memory
 
 # A stop by the scheduler (exit code 75: all is saved) ends the script with the same code: start it again to continue.
-run() { echo "+ python -m $*"; python -m "$@"; }
+# SIGTERM and Ctrl-C are passed on, so that the training saves first.
+run() {
+  local child code=0
+  echo "+ python -m $*"
+  python -m "$@" &
+  child=$!
+  trap 'kill -TERM $child 2>/dev/null' TERM INT
+  wait $child || code=$?
+  while kill -0 $child 2>/dev/null; do code=0; wait $child || code=$?; done
+  trap - TERM INT
+  [ $code = 0 ] || exit $code
+}
 run vgjax.train --config "$CONFIG:vae" --workdir "$WORKDIR/vae"
 run vgjax.train --config "$CONFIG:dit" --workdir "$WORKDIR/dit"
 run vgjax.sample --checkpoint "$WORKDIR/dit" --prompts configs/prompts.txt --out "$WORKDIR/samples"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgjax import encode, errors, evaluate, experiment
+from vgjax import checkpoint, encode, errors, evaluate, experiment
 from vgjax.data.sources import Folder, Latents
 
 
@@ -35,6 +35,16 @@ def test_a_vae_is_measured_by_reconstruction(trained, tmp_path):
     out = tmp_path / "scores.json"
     assert run(evaluate.main, "--checkpoint", trained / "vae", "--out", out, "--clips", 2) == 0
     assert set(json.loads(out.read_text())) == {"checkpoint", "step", "vae"}
+
+
+def test_what_a_checkpoint_lacks_and_a_folder_for_a_world_are_refused(trained, tmp_path, capsys):
+    tree, meta, _ = checkpoint.load(trained / "vae")
+    del tree["ema"]["vae"]["synthesis"]
+    checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").save(6, tree, meta, wait=True)
+    assert run(evaluate.main, "--checkpoint", tmp_path / "run") == errors.USER
+    assert "synthesis" in capsys.readouterr().err
+    assert run(evaluate.main, "--checkpoint", trained / "dit", "--data", tmp_path) == errors.USER
+    assert "a world of its own" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, capsys):

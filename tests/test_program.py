@@ -26,7 +26,7 @@ def test_the_layout_has_a_short_form():
     }
 
 
-@pytest.mark.parametrize("flag", ["--config.data.sise=8", "--config.nothing.x=1", "--config.model.dim.x=1"])
+@pytest.mark.parametrize("flag", ["--config.optim.sise=8", "--config.nothing.x=1", "--config.model.dim.x=1"])
 def test_a_key_that_nothing_would_check_is_refused(flag):
     with pytest.raises(UserError, match="is unknown"):
         read(flag)

@@ -75,12 +75,19 @@ def test_other_lengths_and_sizes_are_sampled_too(sampler):
         (dict(size=(18, 16)), "nearest height that works is 16"),
         (dict(size=(20, 16)), "does not divide into patches"),
         (dict(steps=0), "at least 1"),
+        (dict(interval=(0.6, 0.0)), "0 <= first < second <= 1"),
         (dict(stepper="rk9"), "use one of euler, heun, midpoint"),
     ],
 )
 def test_what_does_not_fit_is_named(sampler, options, sentence):
     with pytest.raises(UserError, match=sentence):
         sampler(["a red circle moves left"], **options)
+
+
+def test_tiles_decode_what_the_whole_decodes(sampler):
+    whole = sampler(["a red circle moves left"], size=(32, 32)).astype(int)
+    tiled = sampler(["a red circle moves left"], size=(32, 32), tile=6).astype(int)
+    assert whole.shape == tiled.shape and np.abs(whole - tiled).mean() < 3
 
 
 def test_weights_are_the_average_unless_told_otherwise(trained):
@@ -116,6 +123,7 @@ REFUSED = {
     "no prompts": (["--checkpoint", "DIT"], "no prompts to sample"),
     "empty prompt list": (["--checkpoint", "DIT", "--prompts", "EMPTY"], "no prompts to sample"),
     "prompts missing": (["--checkpoint", "DIT", "--prompts", "nowhere.txt"], "is not a file"),
+    "prompts of another encoding": (["--checkpoint", "DIT", "--prompts", "LATIN"], "can't be read as UTF-8"),
     "size": (["--checkpoint", "DIT", "--prompt", "x", "--size", "large"], "write HEIGHTxWIDTH"),
     "codec": (["--checkpoint", "DIT", "--prompt", "a red circle moves left", "--codec", "prores9"], "prores9"),
     "foreign": (["--checkpoint", "EMPTYDIR", "--prompt", "x"], "holds no vgjax checkpoint"),
@@ -128,6 +136,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, tmp_path, capsys, ca
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "emptydir").mkdir()
     names = {"VAE": trained / "vae", "DIT": trained / "dit", "EMPTY": tmp_path / "empty.txt"}
+    (tmp_path / "latin.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
+    names["LATIN"] = tmp_path / "latin.txt"
     names["EMPTYDIR"] = tmp_path / "emptydir"
     with pytest.raises(SystemExit) as stopped:
         sample.main(["sample", *(str(names.get(arg, arg)) for arg in args), "--out", str(tmp_path / "out")])

@@ -39,6 +39,7 @@ def test_a_run_leaves_checkpoints_metrics_pictures_and_its_config(trained):
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
         assert all(np.isfinite(record["loss"]) for record in records)
+        assert records[-1]["data/bad_files"] == records[-1]["data/restarts"] == 0
         assert records[-1]["tflops_per_second"] > 0 and records[-1]["samples_per_second"] > 0
         assert list((folder / "images").glob(f"{picture}_*.png"))
         assert list((folder / "tensorboard").iterdir())
@@ -147,6 +148,9 @@ REFUSED = {
     "kind": (["--config", "tests/tiny.py:vae", "--config.model.kind=unet"], "use one of causal_vae, mmdit"),
     "batch": (["--config", "tests/tiny.py:vae", "--config.train.batch=0"], "config.train.batch=0 must be at least 1"),
     "world": (["--config", "tests/tiny.py:vae", "--config.data.world=big"], "small, full"),
+    "data option": (["--config", "tests/tiny.py:vae", "--config.data.sise=8"], "config.data.sise is unknown: known"),
+    "accumulate": (["--config", "tests/tiny.py:vae", "--config.optim.accumulate=3"], "that do are 3 and 6"),
+    "average": (["--config", "tests/tiny.py:vae", "--config.optim.ema=1.5"], "0 <= ema < 1"),
     "no vae": (["--config", "tests/tiny.py:dit"], "no checkpoint at"),
     "precision": (["--config", "tests/tiny.py:vae", "--config.precision=float8"], "use one of auto"),
 }
@@ -162,6 +166,53 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys):
     assert stopped.value.code == errors.USER
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("error: ") and sentence in said[0]
+
+
+@pytest.mark.parametrize(
+    "flag,sentence",
+    [
+        ("--config.sample.steps=0", "steps=0"),
+        ("--config.sample.stepper=rk9", "use one of euler"),
+        ("--config.model.patch=(1,3,3)", "does not divide into patches"),
+        ("--config.data.size=(20,20)", "does not divide into patches"),
+    ],
+)
+def test_what_only_a_picture_would_show_is_said_before_anything_is_encoded(trained, tmp_path, capsys, flag, sentence):
+    from vgjax import train
+
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["train", *DIT, "--workdir", str(tmp_path / "dit"), flag])
+    assert stopped.value.code == errors.USER
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "latents").exists() and not (tmp_path / "data").exists()
+
+
+def test_another_seed_or_a_second_training_in_a_workdir_are_refused(trained, tmp_path, capsys):
+    from vgjax import train
+
+    shutil.copytree(trained, tmp_path / "all")
+    vae = ["train", "--config", "tests/tiny.py:vae", "--workdir", str(tmp_path / "all" / "vae")]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*vae, "--config.seed=7", "--config.data.path=" + str(trained / "data")])
+    assert stopped.value.code == errors.USER and "holds shapes written with another seed" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "all" / "data")
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*vae, "--config.seed=7"])
+    assert (
+        stopped.value.code == errors.USER and "was trained with config.seed=0 until step 6" in capsys.readouterr().err
+    )
+    hold = (
+        "import pathlib, sys\nfrom vgjax.train import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "all" / "vae")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit) as stopped:
+            train.main(vae)
+        other.stdin.close()
+    assert stopped.value.code == errors.USER and "another training writes to" in capsys.readouterr().err
 
 
 def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp_path, capsys):

@@ -19,11 +19,11 @@ import numpy as np
 from einops import rearrange
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, experiment, program, video
+from vgjax import checkpoint, experiment, program, sharding, video
 from vgjax.data import shapes
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
-from vgjax.distributed import fetch
+from vgjax.distributed import fetch, first
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
 from vgjax.log import Log, keep_until
@@ -32,7 +32,7 @@ from vgjax.metrics.psnr import psnr, ssim
 from vgjax.models.causal_vae import latent_stats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import from_uint8, to_uint8
-from vgjax.sample import Sampler, settings_of
+from vgjax.sample import Sampler, settings_of, wanted
 from vgjax.storage import writing
 from vgjax.typing import Params, PyTree
 
@@ -134,7 +134,9 @@ def clips_of(source: Folder, config: ConfigDict, count: int) -> list[Example]:
 def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyTree) -> dict[str, Any]:
     """Every figure that applies to this checkpoint."""
     config = built.config
-    clips = clips_of(experiment.source(config, "val"), config, plan.clips)
+    with first():  # they may be rendered
+        sources = {split: experiment.source(config, split) for split in splits(config)}
+    clips = clips_of(sources["val"], config, plan.clips)
     videos = np.stack([clip.array for clip in clips])
     if not isinstance(built.objective, FlowObjective):
         return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
@@ -143,11 +145,16 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
     if config.data.kind == "shapes":
         world = experiment.world_of(config)
         for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
-            captions = experiment.captions(config, split)[: plan.prompts]
+            captions = [caption for _, caption in sources[split].records[: plan.prompts]]
             table[name] = prompt_accuracy(sampler, captions, world)
     if plan.nearest:
         table["nearest"] = nearest(sampler, experiment.source(config, "train"))
     return table
+
+
+def splits(config: ConfigDict) -> tuple[str, ...]:
+    """What is measured: a folder holds no combinations that were never trained."""
+    return ("val", "novel") if config.data.kind == "shapes" and config.objective.kind == "flow" else ("val",)
 
 
 class Show:
@@ -157,14 +164,16 @@ class Show:
         self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
         self.flow = isinstance(built.objective, FlowObjective)
         self.plan = experiment.call("config.evaluate", Plan, self.config.evaluate)
+        vae = self.built.vae
+        self.encode = jax.jit(
+            lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0]
+        )
 
     def statistics(self, ema: Params) -> dict[str, Any]:
         """Per-channel mean and std of a VAE's latents over the run's first batches; nothing for a flow."""
         if self.flow:
             return {}
-        vae = self.built.vae
-        encode = jax.jit(lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0])
-        mean, std = latent_stats(jnp.concatenate([encode(ema["vae"], batch["video"]) for batch in self.batches]))
+        mean, std = latent_stats(jnp.concatenate([self.encode(ema["vae"], batch["video"]) for batch in self.batches]))
         return {"stats": [fetch(mean).tolist(), fetch(std).tolist()]}
 
     def images(self, number: int, ema: Params, count: int = 6) -> None:
@@ -185,6 +194,8 @@ class Show:
         """The figures of the averaged weights into TensorBoard and `evaluations.jsonl`."""
         table = flat(report(self.built, self.plan, ema, self.frozen))
         self.log.scalars(number, {f"evaluate/{key}": value for key, value in table.items()})
+        if not self.log.speaks:
+            return
         path = self.log.workdir / "evaluations.jsonl"
         keep_until(path, number - 1)
         with writing(path), open(path, "a", encoding="utf-8") as file:
@@ -215,20 +226,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--weights", default="ema", choices=("ema", "params"))
     parser.add_argument("--out", help="JSON file, default: evaluation.json in the workdir")
     args = parser.parse_args(argv[1:])
+    workdir = checkpoint.workdir_of(args.checkpoint)
     tree, meta, number = checkpoint.load(args.checkpoint, items=(args.weights,))
+    out = Path(args.out or workdir / "evaluation.json").absolute()
+    program.workdir(str(out.parent))  # said before all is measured
     config, frozen, of_vae = ConfigDict(meta["config"]), {}, None
+    if args.data and config.data.kind != "folder":
+        raise UserError(f"--data {args.data}: {args.checkpoint} was trained in a world of its own, which is measured")
     if args.data:
         config.evaluate.path = args.data
-    workdir = checkpoint.workdir_of(args.checkpoint)
+    if config.data.kind == "folder" and not config.evaluate.get("path", ""):
+        print(f"note: measured on the clips it was trained on, {config.data.path}: give --data for held-out ones")
     if config.objective.kind == "flow":
         of_vae, frozen = experiment.frozen_vae(workdir / "vae")
+    built = experiment.build(config, of_vae)
+    checkpoint.check_leaves(tree[args.weights], sharding.unboxed(wanted(built)), args.checkpoint)
     plan = experiment.call("config.evaluate", Plan, config.evaluate)
     given = {key: getattr(args, key) for key in ("clips", "prompts") if getattr(args, key) is not None}
-    table = report(experiment.build(config, of_vae), dataclasses.replace(plan, **given), tree[args.weights], frozen)
+    table = report(built, dataclasses.replace(plan, **given), tree[args.weights], frozen)
     for name, value in flat(table).items():
         print(f"{name:<48}{value:>10.4f}")
-    out = Path(args.out or workdir / "evaluation.json")
-    out.write_text(json.dumps({"checkpoint": str(args.checkpoint), "step": number, **table}, indent=1))
+    with writing(out):
+        out.write_text(json.dumps({"checkpoint": str(args.checkpoint), "step": number, **table}, indent=1))
     print(f"written to {out}")
 
 

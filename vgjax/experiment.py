@@ -35,6 +35,38 @@ MODELS = {
     "mmdit": (mmdit.MMDiT, mmdit.SIZES),
 }
 TOKENIZERS = {"bytes": text.Bytes, "words": text.Words}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The `data` section: clips of `frames` frames of `size` (height, width) at `fps` (None: every frame) from `path`.
+
+    `workers` processes (0: `threads` of this one) load; one that brings nothing for `timeout_s` seconds ends the run.
+    A caption is dropped with probability `drop_caption`; more than `max_bad` of the files bad stops the run. `kind` is
+    `folder`, or `shapes`: then a closed `world` is written to `path`, `count` clips to train on and `held_out` others.
+    """
+
+    kind: str
+    path: str
+    frames: int
+    size: tuple[int, int]
+    fps: float | None = None
+    workers: int = 0
+    threads: int = 2
+    timeout_s: float = 300.0
+    max_bad: float = 0.1
+    drop_caption: float = 0.0
+    world: str = "small"
+    count: int = 1000
+    held_out: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("folder", "shapes"):
+            raise UserError(f"config.data.kind={self.kind!r} is unknown: use one of folder, shapes")
+        if len(self.size) != 2 or not all(isinstance(side, int) for side in self.size):
+            raise UserError(f"config.data.size={self.size} must be (height, width) in pixels")
+
+
 SECTIONS = {
     "vae": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"},
     "flow": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"}
@@ -90,6 +122,7 @@ def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any, **giv
 def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     """The experiment of a resolved config; `vae` is the config of the frozen VAE under a flow."""
     kind = _sections(config)
+    data_of(config)
     dtype = compute_dtype(config.precision)
     if kind == "vae":
         rest = {key: value for key, value in config.objective.items() if key != "kind"}
@@ -133,7 +166,7 @@ def optimizer(
 ) -> tuple[optax.GradientTransformation, dict[str, Any]]:
     """(the optimizer with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
     kind, rest = choose("config.optim", optim.OPTIMIZERS, section)
-    of_step = {key: rest.pop(key) for key in ("clip", "ema", "accumulate") if key in rest}
+    of_step = call("config.optim", _of_step, {key: rest.pop(key) for key in OF_STEP if key in rest})
     of_rate = {key: rest.pop(key) for key in ("lr", "schedule", "warmup", "final") if key in rest}
     if "schedule" in of_rate:
         of_rate["kind"] = of_rate.pop("schedule")
@@ -141,23 +174,37 @@ def optimizer(
     return call("config.optim", kind, rest, rate=rate), of_step
 
 
+def _of_step(clip: float = 1.0, ema: float = 0.999, accumulate: int = 1) -> dict[str, Any]:
+    if clip < 0 or not 0 <= ema < 1 or accumulate < 1:
+        raise UserError(
+            f"config.optim needs clip >= 0, 0 <= ema < 1 and accumulate >= 1, got {clip=}, {ema=}, {accumulate=}"
+        )
+    return dict(clip=clip, ema=ema, accumulate=accumulate)
+
+
+OF_STEP = tuple(inspect.signature(_of_step).parameters)
+
+
+def data_of(config: ConfigDict) -> Data:
+    """The `data` section, checked."""
+    return call("config.data", Data, config.data)
+
+
 def world_of(config: ConfigDict) -> shapes.World:
     """The closed world of a `shapes` config at the size it is trained on."""
-    data = config.data
+    data = data_of(config)
     return shapes.get(data.world, size=tuple(data.size), frames=data.frames, fps=data.fps)
 
 
 def source(config: ConfigDict, split: str = "train") -> Folder:
     """The videos of a split: the rendered world, written once under `data.path/split`, or the user's folder."""
-    data = config.data
+    data = data_of(config)
     if data.kind == "shapes":
         world = world_of(config)
         folder = Path(data.path) / split
         shapes.write(world, folder, data.count if split == "train" else data.held_out, split, config.seed)
         return Folder(folder)
-    if data.kind == "folder":
-        return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path))
-    raise UserError(f"config.data.kind={data.kind!r} is unknown: use one of folder, shapes")
+    return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path))
 
 
 def captions(config: ConfigDict, split: str) -> list[str]:

@@ -16,7 +16,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,13 @@ class Log:
         self.plain = not sys.stdout.isatty()
         self.bar = tqdm(total=total_steps, initial=start_step, file=sys.stdout, disable=self.plain, unit="step")
 
-    def step(self, step: int, metrics: dict[str, Float[Array, "2"]]) -> dict[str, Any] | None:
-        """Takes the (sum, count) pairs of one step without waiting for them; the record on steps that are logged."""
+    def step(
+        self, step: int, metrics: dict[str, Float[Array, "2"]], counts: Callable[[], dict[str, int]] = dict
+    ) -> dict[str, Any] | None:
+        """Takes the (sum, count) pairs of one step without waiting for them; the record on steps that are logged.
+
+        `counts` are asked for only then.
+        """
         self.pending.append(metrics)
         self.last = step
         if self.clock is None:
@@ -75,7 +80,7 @@ class Log:
             self.clock, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
         else:
             self.timed += 1
-        return self.flush() if step % self.every == 0 or step >= self.total else None
+        return self.flush(counts()) if step % self.every == 0 or step >= self.total else None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -92,14 +97,14 @@ class Log:
         yield
         self.paused += time.perf_counter() - start
 
-    def flush(self) -> dict[str, Any] | None:
+    def flush(self, counts: Mapping[str, int] | None = None) -> dict[str, Any] | None:
         """Waits for the device and writes the means since the last flush; None when there was no step."""
         if not self.pending:
             return None
         pairs = jax.device_get(self.pending)  # waits
         names = dict.fromkeys(name for metrics in pairs for name in metrics)
         record = {"step": self.last, **{name: _mean([m[name] for m in pairs if name in m]) for name in names}}
-        record |= self._rates(time.perf_counter())
+        record |= self._rates(time.perf_counter()) | dict(counts or {})
         count, self.pending = len(self.pending), []
         if self.speaks:
             with writing(self.workdir):

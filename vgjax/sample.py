@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,21 @@ from vgjax.errors import UserError, door
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import sample_keys
 from vgjax.flow.steppers import STEPPERS, integrate
-from vgjax.models.causal_vae import from_unit
+from vgjax.models.causal_vae import decode_tiled, from_unit
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import to_uint8
+from vgjax.storage import writing
 from vgjax.typing import Array, Float, Params, PyTree, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to sample; the defaults of a checkpoint are the `sample` section of its config."""
+    """How to sample; the defaults of a checkpoint are the `sample` section of its config.
+
+    `cfg` is the scale of classifier-free guidance, acting at times within `interval`; `guidance` the scale that a
+    guidance-distilled model is told instead. `batch` videos at a time are sampled and decoded, decoded in tiles of
+    `tile` latent positions a side (0: whole), which overlap by half, where memory is short.
+    """
 
     steps: int = 30
     cfg: float = 3.0
@@ -42,37 +48,54 @@ class Settings:
     stepper: str = "euler"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    guidance: float = 1.0
     batch: int = 32
+    tile: int = 0
 
     def __post_init__(self) -> None:
         if self.stepper not in STEPPERS:
             raise UserError(f"stepper={self.stepper!r} is unknown: use one of {', '.join(STEPPERS)}")
-        if self.steps < 1 or self.batch < 1:
-            raise UserError(f"steps={self.steps} and batch={self.batch} must be at least 1")
+        if self.steps < 1 or self.batch < 1 or self.tile < 0:
+            raise UserError(
+                f"steps={self.steps} and batch={self.batch} must be at least 1, tile={self.tile} at least 0"
+            )
         if self.shift <= 0 or not 0 <= self.rescale <= 1:
             raise UserError(f"shift={self.shift} must be positive and rescale={self.rescale} in [0, 1]")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise UserError(f"interval={self.interval} must be two times, 0 <= first < second <= 1")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """A trained model ready to sample: call it with captions. `where` is the (layout, mesh) its parameters lie on."""
+    """A trained model ready to sample: call it with captions. `where` is the (layout, mesh) its parameters lie on.
+
+    `step`: of the training that it was read from.
+    """
 
     experiment: experiment.Experiment
     params: Params
     frozen: PyTree
     settings: Settings
     where: tuple[Any, Any] | None = None
+    step: int = 0
 
     def __call__(self, captions: Sequence[str], **options: Any) -> UInt8[np.ndarray, "n t h w 3"]:
         """Videos of `captions`; options as `latents` takes them."""
-        vae, stats = self.experiment.vae, self.frozen["stats"]
+        use = self._settings(options)
         latents = self.latents(captions, **options)
         with self._here():
-            decoded = [
-                fetch(_decode(vae, self.frozen["vae"], stats, latents[i : i + self.settings.batch]))
-                for i in range(0, len(latents), self.settings.batch)
-            ]
-        return np.concatenate(decoded)
+            parts = [latents[i : i + use.batch] for i in range(0, len(latents), use.batch)]
+            return np.concatenate([self._decoded(part, use.tile) for part in parts])
+
+    def _decoded(self, z: Array, tile: int) -> np.ndarray:
+        vae, params, stats = self.experiment.vae, self.frozen["vae"], self.frozen["stats"]
+        if not tile or tile >= max(z.shape[2:4]):
+            return fetch(_decode(vae, params, stats, z))
+        return fetch(to_uint8(decode_tiled(vae, params, from_unit(z, stats), tile, tile // 2)))
+
+    def _settings(self, options: Mapping[str, Any]) -> Settings:
+        known = {field.name for field in dataclasses.fields(Settings)}
+        return dataclasses.replace(self.settings, **{key: value for key, value in options.items() if key in known})
 
     def _here(self) -> contextlib.AbstractContextManager:
         return sharding.use(*self.where) if self.where else contextlib.nullcontext()
@@ -132,7 +155,7 @@ def follow(
     objective: FlowObjective, use: Settings, params: Params, text: Array, mask: Array, x: Array, t: float | int = 0.0
 ) -> Array:
     """Latents from `x` at time `t` on; with guidance `text` and `mask` are doubled, the captions first."""
-    v = objective.bind(params, text, mask)
+    v = objective.bind(params, text, mask, use.guidance)
     if use.cfg != 1.0:
         v = guide(v, use.cfg, use.interval, use.rescale)
     shift = dataclasses.replace(objective.shift, factor=use.shift)
@@ -157,7 +180,7 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     """
     if weights not in ("ema", "params"):
         raise UserError(f"weights={weights!r} is unknown: use ema or params")
-    tree, meta, _ = checkpoint.load(path, items=(weights,))
+    tree, meta, step = checkpoint.load(path, items=(weights,))
     config = ConfigDict(meta["config"])
     if config.objective.kind != "flow":
         raise UserError(
@@ -169,15 +192,18 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     needed = wanted(built)
     checkpoint.check_leaves(tree[weights], sharding.unboxed(needed), path)
     if not layout:
-        return Sampler(built, tree[weights], frozen, settings_of(config))
+        return Sampler(built, tree[weights], frozen, settings_of(config), step=step)
     where = layouts.find(layout, devices)
     params = jax.device_put(tree[weights], sharding.shardings(needed, *where))
-    return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where)
+    return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where, step)
 
 
 def wanted(built: experiment.Experiment) -> PyTree:
-    """The abstract parameters of a flow, in their boxes of names."""
+    """The abstract parameters of an experiment, in their boxes of names."""
     data, objective = built.config.data, built.objective
+    if not isinstance(objective, FlowObjective):
+        clip = {"video": jax.ShapeDtypeStruct((1, data.frames, *data.size, 3), jnp.uint8)}
+        return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), objective.prepare({}, batch)), clip)
     text, mask = built.tokenizer("")
     shapes = {"x": (built.vae.latent_shape(data.frames, *data.size), jnp.float32)}
     shapes |= {"text": (text.shape, text.dtype), "mask": (mask.shape, mask.dtype)}
@@ -200,7 +226,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shift", type=float, help="timestep shift")
     parser.add_argument("--rescale", type=float, help="guidance rescale in [0, 1]")
     parser.add_argument("--interval", type=float, nargs=2, help="times between which guidance acts")
+    parser.add_argument("--guidance", type=float, help="scale told to a guidance-distilled model")
     parser.add_argument("--stepper", help=", ".join(STEPPERS))
+    parser.add_argument("--batch", type=int, help="videos at a time")
+    parser.add_argument("--tile", type=int, help="decode in tiles of so many latent positions a side; 0: whole")
     parser.add_argument("--negative", default="", help="prompt to guide away from")
     parser.add_argument("--frames", type=int, help="1 + a multiple of the VAE's time factor")
     parser.add_argument("--size", help="HxW in pixels")
@@ -218,7 +247,10 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
         file = Path(args.prompts)
         if not file.is_file():
             raise UserError(f"--prompts {file} is not a file")
-        prompts += [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            prompts += [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {file} can't be read as UTF-8 text: {error}") from error
     if not prompts:
         raise UserError("no prompts to sample: give --prompt or a --prompts file with one prompt a line")
     if args.num < 1:
@@ -231,10 +263,15 @@ def main(argv: list[str]) -> None:
     args = parse(argv[1:])
     prompts, size = prompts_of(args), program.size_of(args.size)
     out = program.workdir(args.out)
+    video.check_codec(args.codec)
     sampler = load(args.checkpoint, args.weights, args.layout, args.devices)
-    given = {name: getattr(args, name) for name in ("steps", "cfg", "shift", "rescale", "interval", "stepper")}
+    given = {
+        name: getattr(args, name)
+        for name in ("steps", "cfg", "shift", "rescale", "interval", "guidance", "stepper", "tile")
+    }
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
-    used = dataclasses.replace(sampler.settings, batch=min(len(prompts), sampler.settings.batch), **given)
+    batch = args.batch or min(len(prompts), sampler.settings.batch)
+    used = dataclasses.replace(sampler.settings, batch=batch, **given)
     sampler = dataclasses.replace(sampler, settings=used)
     videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
     fps = sampler.experiment.config.data.fps
@@ -254,11 +291,13 @@ def main(argv: list[str]) -> None:
             "frames": videos.shape[1],
             "size": list(videos.shape[2:4]),
             "fps": fps,
+            "step": sampler.step,
             "videos": named,
             "versions": checkpoint.versions(),
         }
     )
-    (out / "sample.json").write_text(json.dumps(record, indent=1))
+    with writing(out):
+        (out / "sample.json").write_text(json.dumps(record, indent=1))
     print(f"{len(videos)} videos in {out}, contact sheet {sheet}")
 
 

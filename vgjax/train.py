@@ -7,6 +7,7 @@ again after any kind of death it continues bit-exactly, because every batch and 
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 from collections import deque
@@ -20,11 +21,15 @@ import numpy as np
 from vgjax import checkpoint, distributed, encode, evaluate, experiment, flops, layouts, program, sharding, state, step
 from vgjax.data import pipeline
 from vgjax.data.sources import Latents
+from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
 from vgjax.log import Log
 from vgjax.objectives.flow import FlowObjective
+from vgjax.sample import settings_of
+from vgjax.storage import writing
 from vgjax.typing import PyTree
 
+LOADED = ("drop_caption", "frames", "size", "fps", "workers", "threads", "timeout_s", "max_bad")
 USAGE = "usage: python -m vgjax.train --config configs/quickstart.py:vae --workdir DIR [--config.key=value ...]"
 
 
@@ -99,9 +104,47 @@ def main(argv: list[str]) -> None:
     built = experiment.build(config, of_vae)
     if jax.process_index() == 0:
         print(ready, flush=True)
-        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-    with sharding.use(layout, mesh):
+    with sharding.use(layout, mesh), alone(workdir):
+        check(built, plan)
+        if jax.process_index() == 0:
+            with writing(workdir):
+                (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
         run(built, plan, frozen, workdir, layout, mesh)
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Holds the workdir: two trainings in one would sweep each other's saves away. A kill gives it free."""
+    if jax.process_index():
+        yield
+        return
+    with writing(workdir), open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a process that loads data would hold it too
+        except BlockingIOError:
+            raise UserError(f"another training writes to {workdir}: stop it, or choose another workdir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def check(built: experiment.Experiment, plan: Schedule) -> None:
+    """What would otherwise be found out after the data is rendered and encoded, or at the first picture."""
+    config, data = built.config, experiment.data_of(built.config)
+    _, of_step = experiment.optimizer(config.optim, plan.steps)
+    experiment.call("config.evaluate", evaluate.Plan, config.evaluate)
+    shape = built.vae.latent_shape(data.frames, *data.size)
+    if isinstance(built.objective, FlowObjective):
+        settings_of(config)
+        built.objective.model.tokens(shape[:3])
+    parts = {"config.optim.accumulate": of_step["accumulate"], "the devices of the batch": sharding.degree("batch")}
+    for name, count in parts.items():
+        if plan.batch % count:
+            near = [batch for batch in (plan.batch // count * count, -(-plan.batch // count) * count) if batch]
+            raise UserError(
+                f"config.train.batch={plan.batch} does not divide into {count}, {name}: the nearest that do are "
+                f"{' and '.join(map(str, near))}"
+            )
 
 
 def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
@@ -116,13 +159,14 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     optimizer, of_step = experiment.optimizer(config.optim, plan.steps)
     abstract, init = state.builder(objective, optimizer, config.seed, example, layout, mesh)
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
-    now = init() if checkpoints.latest() is None else checkpoints.restore(abstract)[0]
+    now = init() if checkpoints.latest() is None else restored(checkpoints, abstract, config)
     frozen = sharding.replicate(frozen, mesh)
     advance = step.make(objective, optimizer, abstract, **of_step)
     start = int(now.step)
 
     # 2. What to show while it runs.
     log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract))
+    bad = BadFiles(how["bad_files"])
     count = state.parameter_count(abstract.params)
     log.event(start, "start", f"{count:,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
     watch = Watch(plan.max_dropped, log)
@@ -145,29 +189,41 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
                 if first:
                     jax.block_until_ready(metrics)  # all processes compile, at their own pace
             watch.add(number, raw["id"], metrics)
-            log.step(number, metrics)
+            log.step(number, metrics, lambda: {"data/bad_files": bad.count, "data/restarts": own.restarts})
             dog.beat()
             last, stopping = number == plan.steps, stop.after(number)
             with _aside(log, dog) if last or stopping or _due(number, plan) else contextlib.nullcontext():
-                if plan.image_every and (last or number % plan.image_every == 0):
-                    show.images(number, now.ema)
-                if plan.evaluate_every and number % plan.evaluate_every == 0:
-                    show.scores(number, now.ema)
                 if last or stopping or number % plan.save_every == 0:
                     watch.drain()
                     save(wait=last or stopping)
+                if plan.image_every and (last or number % plan.image_every == 0) and not stopping:
+                    show.images(number, now.ema)
+                if plan.evaluate_every and number % plan.evaluate_every == 0 and not stopping:
+                    show.scores(number, now.ema)
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
     digest = checkpoint.digest(now)  # all processes: it gathers
     if jax.process_index() == 0:
-        print(f"done: step {plan.steps}, state digest {digest}")
+        print(f"done: step {int(now.step)}, state digest {digest}")
+
+
+def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> state.TrainState:
+    """The newest good state, refused where the data would go on in another order than it began."""
+    now, meta, number = checkpoints.restore(abstract)
+    before = meta["data"]["seed"]
+    if before != config.seed:
+        raise UserError(
+            f"{checkpoints.directory} was trained with config.seed={before} until step {number}, not {config.seed}: "
+            "go on with that seed, or start in another workdir"
+        )
+    return now
 
 
 def open_data(
     built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path
 ) -> tuple[Any, dict[str, Any]]:
     """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
-    config, data = built.config, built.config.data
+    config, data = built.config, experiment.data_of(built.config)
     with distributed.first():  # it may render
         source = experiment.source(config)
     bad = workdir / f"bad_files{jax.process_index() or ''}.jsonl"
@@ -175,13 +231,8 @@ def open_data(
         "seed": config.seed,
         "batch": plan.batch,
         "tokenizer": built.tokenizer,
-        "drop_caption": data.get("drop_caption", 0.0),
-        "frames": data.frames,
-        "size": tuple(data.size),
-        "fps": data.fps,
-        "workers": data.get("workers", 0),
         "bad_files": bad,
-        "max_bad": data.get("max_bad", 0.1),
+        **{name: getattr(data, name) for name in LOADED},
     }
     if isinstance(built.objective, FlowObjective) and config.latents:
         if jax.process_count() > 1 and not Path(config.latents).exists():

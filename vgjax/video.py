@@ -72,12 +72,20 @@ def _video_stream(container: av.container.OutputContainer, codec: str, fps: floa
     try:
         return container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
     except (av.error.FFmpegError, ValueError) as error:
-        known = [
-            name for name in ("libx264", "libopenh264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4") if _has(name)
-        ]
-        raise UserError(
-            f"{path}: this build of FFmpeg can't write the codec {codec!r} to mp4 ({error}); it has: {', '.join(known)}"
-        ) from error
+        raise _missing(codec, f"{path}: ", str(error)) from error
+
+
+def check_codec(codec: str) -> None:
+    """UserError for a codec that FFmpeg lacks here, before there is anything to write."""
+    if not _has(codec):
+        raise _missing(codec, "", "it is not an encoder here")
+
+
+def _missing(codec: str, where: str, why: str) -> UserError:
+    known = [name for name in ("libx264", "libopenh264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4") if _has(name)]
+    return UserError(
+        f"{where}this build of FFmpeg can't write the codec {codec!r} to mp4 ({why}); it has: {', '.join(known)}"
+    )
 
 
 def _has(codec: str) -> bool:

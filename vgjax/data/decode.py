@@ -9,6 +9,7 @@ sources that matter deserve a checksum.
 
 import functools
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,13 @@ def read_clip(
         line = timeline(str(path), stat.st_mtime_ns, stat.st_size)
         wanted = line.pts[line.window(frames, fps, rng)].tolist()
         return _decode(path, line, wanted, _Fit(size, rng))
+    except Unreadable:
+        raise
     except (av.error.FFmpegError, OSError, Image.DecompressionBombError) as error:
+        raise Unreadable(f"can't be read: {_said(error)}") from error
+    except (SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow says of broken images
+        if path.suffix.lower() not in IMAGES:
+            raise
         raise Unreadable(f"can't be read: {_said(error)}") from error
 
 

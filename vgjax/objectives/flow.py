@@ -43,7 +43,7 @@ class FlowObjective:
         of_model, of_text = jax.random.split(key)
         text, (c, vec) = _init(self.text, of_text, batch["text"], batch["mask"])
         t = jnp.zeros(batch["x"].shape[:1])
-        model, _ = _init(self.model, of_model, batch["x"], t, c, batch["mask"], vec)
+        model, _ = _init(self.model, of_model, batch["x"], t, c, batch["mask"], vec, self._told(1.0, t))
         return {"velocity": {"model": model, "text": text}}
 
     def prepare(self, frozen: PyTree, batch: PyTree) -> PyTree:
@@ -75,15 +75,24 @@ class FlowObjective:
         v = self.bind(params, batch["text"], batch["mask"])(mixed, t)
         return reduce(jnp.square(v.astype(jnp.float32) - velocity), "b ... -> b", "mean")
 
-    def bind(self, params: Params, text: Int[Array, "b m r"], mask: Bool[Array, "b m"]) -> Velocity:
-        """The velocity of these captions: `v(x, t)`, `t` a scalar or one a sample. The text is encoded once."""
+    def bind(
+        self, params: Params, text: Int[Array, "b m r"], mask: Bool[Array, "b m"], guidance: float | int = 1.0
+    ) -> Velocity:
+        """The velocity of these captions: `v(x, t)`, `t` a scalar or one a sample. The text is encoded once.
+
+        guidance: the scale that a guidance-distilled model is told; other models know none.
+        """
         own = params["velocity"]
         c, vec = self.text.apply({"params": own["text"]}, text, mask)
 
         def v(x: Float[Array, "b t h w c"], t: Float[Array, "..."]) -> Float[Array, "b t h w c"]:
-            return self.model.apply({"params": own["model"]}, x, jnp.broadcast_to(t, x.shape[:1]), c, mask, vec)
+            t = jnp.broadcast_to(t, x.shape[:1])
+            return self.model.apply({"params": own["model"]}, x, t, c, mask, vec, self._told(guidance, t))
 
         return precondition(v) if self.precondition else v
+
+    def _told(self, guidance: float | int, t: Float[Array, " b"]) -> Float[Array, " b"] | None:
+        return jnp.full(t.shape, guidance, jnp.float32) if self.model.guidance else None
 
 
 def _init(module: Any, key: Key, *inputs: Any) -> tuple[Params, Any]:
