@@ -24,7 +24,8 @@ for ((left = ${RESTARTS:-10}; ; left--)); do
   code=0
   on_all "$remote" || code=$?
   case $code in
-    5 | 6 | 75 | 255) ;; # loader, hung, preempted (vgjax/errors.py); a host that is gone
+    # Loader, hung, preempted (vgjax/errors.py); ended by a signal; 255: a host that is gone.
+    5 | 6 | 75 | 134 | 135 | 137 | 139 | 143 | 255) ;;
     *) exit "$code" ;;
   esac
   [ "$left" -gt 0 ] || exit "$code"

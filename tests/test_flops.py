@@ -84,7 +84,7 @@ def test_conv3d_counts_kernel_times_output(groups, stride):
         ("scan", lambda x, w: lax.scan(lambda c, _: (block(c, w), None), x, length=7)[0], 7),
         ("map in scan", lambda x, w: lax.scan(lambda c, _: (lax.map(lambda r: r @ w, c), None), x, length=3)[0], 3),
         ("scan of remat", lambda x, w: lax.scan(jax.checkpoint(lambda c, _: (block(c, w), None)), x, length=4)[0], 4),
-        ("cond takes the dearest", lambda x, w: lax.cond(x[0, 0] > 0, block, twice, x, w), 2),
+        ("cond takes what runs where it holds", lambda x, w: lax.cond(x[0, 0] > 0, twice, block, x, w), 2),
         ("gradient by both operands", jax.grad(lambda x, w: block(x, w).sum(), (0, 1)), 3),
     ],
 )

@@ -17,12 +17,13 @@ def compiled(function, *arrays, kind="ring"):
 
 
 X = jnp.zeros((8, 8, 128), jnp.float32)  # 4096 bytes a device
+RING = [(i, (i + 1) % 8) for i in range(8)]
 COLLECTIVES = {
     "all-gather": (lambda x: jax.lax.all_gather(x, "sequence").sum(0), 7 * 4096),
     "all-reduce": (lambda x: jax.lax.psum(x, "sequence"), 2 * 4096 * 7 / 8),
     "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "sequence", scatter_dimension=1, tiled=True), 4096 * 7 / 8),
     "all-to-all": (lambda x: jax.lax.all_to_all(x, "sequence", 1, 1, tiled=True), 4096 * 7 / 8),
-    "collective-permute": (lambda x: jax.lax.ppermute(x, "sequence", [(i, (i + 1) % 8) for i in range(8)]), 4096),
+    "collective-permute": (lambda x: jax.lax.ppermute(x, "sequence", RING), 4096),
 }
 
 
@@ -36,7 +37,7 @@ def test_a_collective_sends_what_its_ring_algorithm_sends(kind):
 
 def test_a_collective_in_a_loop_counts_at_every_turn():
     def turn(x, _):
-        return jax.lax.ppermute(x, "sequence", [(i, (i + 1) % 8) for i in range(8)]) * 2, None
+        return jax.lax.ppermute(x, "sequence", RING) * 2, None
 
     (found,) = compiled(lambda x: jax.lax.scan(turn, x, length=5)[0], X).collectives()
     assert found.times == 5
@@ -54,6 +55,35 @@ def test_a_slice_of_a_stack_counts_as_the_slice():
     program = hlo.parse(jax.jit(lambda x: jax.lax.scan(turn, x[0], x)).lower(jnp.zeros((64, 4096))).compile().as_text())
     # Four rows of 16 KiB a turn, not the whole stack of 1 MiB; the rest is the copy in and out.
     assert program.traffic() < 64 * 8 * 16384 + 6 * 2**20
+
+
+def test_a_reduce_scatter_that_a_tpu_fuses_is_found_as_one():
+    text = """HloModule m
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {
+  %p = f32[64]{0} parameter(0)
+  %r = f32[64]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[16]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={16}
+}
+
+ENTRY %main (x: f32[64]) -> f32[16] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %f = f32[16]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = hlo.parse(text).collectives()
+    assert (found.kind, found.sent, found.times, len(found.group)) == ("reduce-scatter", 64 * 4 * 3 / 4, 1, 4)
+
+
+def test_of_two_branches_the_one_counts_that_runs_where_the_condition_holds():
+    def twice(x):
+        return jax.lax.ppermute(jax.lax.ppermute(x, "sequence", RING) + 1, "sequence", RING)
+
+    def once(x):
+        return jax.lax.ppermute(x, "sequence", RING)
+
+    found = compiled(lambda x: jax.lax.cond(jax.lax.psum(x, "sequence").sum() > 0, once, twice, x), X).collectives()
+    assert [c.kind for c in found].count("collective-permute") == 1
 
 
 TEXT = """HloModule m

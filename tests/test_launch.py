@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from vgjax.errors import DIVERGED, HUNG, LOADER, PREEMPTED, RESTARTABLE, STORAGE, USER
+from vgjax.errors import CRASH, DIVERGED, HUNG, LOADER, PREEMPTED, RESTARTABLE, STORAGE, USER
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
@@ -36,7 +36,7 @@ def test_the_jobset_restarts_all_but_what_a_restart_cannot_mend():
     (container,) = pod["containers"]
     assert pod["restartPolicy"] == "Never"
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert set(rule["onExitCodes"]["values"]) == {USER, DIVERGED, STORAGE}
+    assert set(rule["onExitCodes"]["values"]) == {CRASH, USER, DIVERGED, STORAGE}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert (ROOT / container["command"][1]).is_file()
@@ -46,7 +46,7 @@ def test_the_jobset_restarts_all_but_what_a_restart_cannot_mend():
 @pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_vm.sh"])
 def test_a_launcher_starts_again_on_exactly_the_restartable_codes(script):
     (codes,) = re.findall(r"^ +([\d |]+)\) ", (LAUNCH / script).read_text(), re.M)
-    assert {int(code) for code in codes.split("|")} - {137, 143, 255} == set(RESTARTABLE)
+    assert {int(code) for code in codes.split("|")} - {134, 135, 137, 139, 143, 255} == set(RESTARTABLE)
 
 
 def test_every_process_becomes_the_python_that_must_hear_sigterm():

@@ -1,10 +1,13 @@
 """The planner: what a step needs and where its state lies; test_topology compiles it."""
 
+import argparse
+import json
+
 import jax
 import pytest
-from conftest import planned
+from conftest import ROOT, planned
 
-from vgjax import layouts, plan, sharding
+from vgjax import chips, layouts, plan, sharding, topology
 
 SMALL = ("--size", "32x32")
 
@@ -24,3 +27,74 @@ def test_the_planned_step_is_lowered_for_a_mesh_and_its_state_is_spread_over_it(
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.params))
     assert whole / 8 <= plan.memory_of_state(job)["params"] < whole / 4
     assert job.flops > plan.model_flops(model, "train") / 2 and job.tokens > 0
+
+
+def row(layout, **more):
+    return plan.Row(layout, {"data": 1}, **{"batch": 8, "fits": True, "step_seconds": 1.0, **more})
+
+
+def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
+    rows = [
+        row("dp", tokens_per_second=9.0, fits=False),
+        row("fsdp", tokens_per_second=8.0, batch=16, step_seconds=2.0, network_seconds=2.0),
+        row("tp", tokens_per_second=5.0),
+    ]
+    chosen, why = plan.best(rows)
+    assert chosen.layout == "fsdp" and "1.60x those of tp" in why and "bound by network" in why
+    nothing, why = plan.best([row("dp", fits=False, needed=40.0 * plan.GIB)])
+    assert nothing is None and "needs 40.0 GiB" in why
+
+
+@pytest.fixture
+def eight():
+    return topology.Topology("eight", tuple(jax.devices()), chips.CHIPS["H100"], 8)
+
+
+@pytest.mark.parametrize("largest,found", [(24, 24), (1000, 512), (3, 8)])
+def test_search_finds_the_largest_batch_that_fits_and_divides(monkeypatch, eight, largest, found):
+    tried = []
+
+    def compiled(config, kind, where, args):
+        tried.append(config.train.batch)
+        return row(kind, batch=config.train.batch, fits=config.train.batch <= largest)
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    config = planned(*SMALL, "--batch", "8", "--config.layout=fsdp").config
+    assert plan.plan(config, "fsdp", eight, argparse.Namespace(search=True)).batch == found
+    assert config.train.batch == 8 and len(tried) == len(set(tried)) and not any(batch % 8 for batch in tried)
+
+
+def test_a_batch_that_does_not_divide_is_a_row_with_the_nearest_that_does(eight):
+    config = planned(*SMALL, "--batch", "12", "--config.layout=fsdp").config
+    args, _ = plan.parse(["--topology", "none"])
+    refused = plan.compiled(config, "fsdp", eight, args)
+    assert not refused.fits and refused.reason == "batch 12 does not divide into 8: try 16"
+    assert refused.reason in "".join(plan.table([refused], config, eight, args))
+
+
+def test_axes_that_the_config_asks_for_are_those_of_its_own_layout(eight):
+    config = planned(*SMALL, "--batch", "8", "--config.layout=fsdp_tp", "--config.layout.tensor=2").config
+    sizes = {kind: dict(plan.mesh_of(config, kind, eight)[1].shape) for kind in ("tp", "fsdp_tp")}
+    assert sizes["fsdp_tp"]["tensor"] == 2 and sizes["tp"]["tensor"] == 8
+
+
+def test_the_program_plans_two_slices_and_writes_what_it_found(tmp_path, capsys):
+    size = ["--batch", "8", "--size", "32x32", "--vae", "tiny", "--frames", "5"]
+    where = ["--topology", "v5e:2x2", "--slices", "2", "--layouts", "fsdp", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["plan", "--config", str(ROOT / "tests" / "tiny.py:dit"), *size, *where])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "plan.json").read_text())
+    (found,) = record["rows"]
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1} and found["fits"]
+    assert found["network_seconds"] > 0 and 0 < found["mfu"] < 1 and found["tokens_per_second"] > 0
+    assert said.strip() == (tmp_path / "plan.txt").read_text().strip() and "8 devices of 2 x v5e:2x2" in said
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+
+
+def test_without_the_compiler_of_a_chip_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    for name, extra in (("v5p:2x2x1", "tpu"), ("h100:8", "cuda")):
+        with pytest.raises(topology.UserError, match=rf"vgjax\[{extra}\]"):
+            topology.find(name)

@@ -94,7 +94,7 @@ def test_offloading_moves_activations_to_the_host():
 
 def test_what_is_too_large_is_said_in_bytes():
     x = jax.ShapeDtypeStruct((200_000, 64), jnp.bfloat16, sharding=on(SLICE))
-    row = plan.Row("dp", {}, False, available=16.0 * plan.GIB)
+    row = plan.Row("dp", {}, 1, False, available=16.0 * plan.GIB)
     with pytest.raises(Exception) as raised:  # noqa: B017  the compiler's own type
         jax.jit(lambda x: x @ x.T).lower(x).compile()
     said = plan.refusal(raised.value, row)

@@ -3,14 +3,16 @@
 All figures are of one chip, bf16 without sparsity, in FLOP/s, bytes and bytes/s. `link` is what one chip sends to its
 neighbours along one ring in both directions; `network` is its share of the network between slices or nodes.
 
-NVIDIA: data sheets (H100 and H200 SXM: NVLink 450 GB/s each way, one 400 Gb/s adapter a card in DGX/HGX systems).
-TPU: cloud.google.com/tpu/docs, pages v4 to tpu7x ("peak compute per chip (bf16)", HBM, HBM bandwidth, ICI), and Austin
-et al. 2025, "How to Scale Your Model", part 2, table of TPU specs, for links and the data-centre network.
+NVIDIA: data sheets (H100 and H200 SXM: NVLink 450 GB/s each way, one 400 Gb/s adapter a card in DGX/HGX systems);
+memory of H100 and H200 as their driver reports it. TPU: cloud.google.com/tpu/docs, pages v4 to tpu7x ("peak compute
+per chip (bf16)", HBM, which is in GiB, HBM bandwidth, ICI), and Austin et al. 2025, "How to Scale Your Model", part 2,
+table of TPU specs, for links and the data-centre network; v5p's memory as its compiler gives it.
 """
 
 from dataclasses import dataclass
 
 GB = 1e9
+GIB = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Chip:
 # The first name found in a JAX `device_kind` counts.
 CHIPS = {
     "H100 PCIe": Chip(756e12, 80 * GB, 2000 * GB, 64 * GB, 50 * GB),
-    "H100": Chip(989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
-    "H200": Chip(989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
+    "H100": Chip(989e12, 84.978434048 * GB, 3352.32 * GB, 450 * GB, 50 * GB),
+    "H200": Chip(989e12, 150.75482 * GB, 4800 * GB, 450 * GB, 50 * GB),
     "B200": Chip(2250e12, 180 * GB, 8000 * GB, 900 * GB, 50 * GB),
     "A100": Chip(312e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB),
     "A10": Chip(125e12, 24 * GB, 600 * GB),
@@ -38,13 +40,13 @@ CHIPS = {
     "TPU v2": Chip(45e12, devices=2),
     "TPU v3": Chip(123e12, devices=2),
     "TPU v4 lite": Chip(138e12),
-    "TPU v4": Chip(275e12, 32 * GB, 1228 * GB, 90 * GB, 6.25 * GB),
-    "TPU v5 lite": Chip(197e12, 16 * GB, 819 * GB, 90 * GB, 3.125 * GB),
-    "TPU v5e": Chip(197e12, 16 * GB, 819 * GB, 90 * GB, 3.125 * GB),
-    "TPU v5": Chip(459e12, 95 * GB, 2765 * GB, 180 * GB, 6.25 * GB),
-    "TPU v6": Chip(918e12, 32 * GB, 1638 * GB, 180 * GB, 12.5 * GB),
-    "TPU7x": Chip(2307e12, 192 * GB, 7380 * GB, 200 * GB, 12.5 * GB, devices=2),
-    "TPU v7": Chip(2307e12, 192 * GB, 7380 * GB, 200 * GB, 12.5 * GB, devices=2),
+    "TPU v4": Chip(275e12, 32 * GIB, 1228 * GB, 90 * GB, 6.25 * GB),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819 * GB, 90 * GB, 3.125 * GB),
+    "TPU v5e": Chip(197e12, 16 * GIB, 819 * GB, 90 * GB, 3.125 * GB),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2765 * GB, 180 * GB, 6.25 * GB),
+    "TPU v6": Chip(918e12, 32 * GIB, 1638 * GB, 180 * GB, 12.5 * GB),
+    "TPU7x": Chip(2307e12, 192 * GIB, 7380 * GB, 200 * GB, 12.5 * GB, devices=2),
+    "TPU v7": Chip(2307e12, 192 * GIB, 7380 * GB, 200 * GB, 12.5 * GB, devices=2),
 }
 
 

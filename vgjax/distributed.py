@@ -41,13 +41,24 @@ def join() -> None:
     if not where:
         return
     if where == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
-        _fail_alone()
+        _initialize()
         return
     if not (":" in where and count.isdigit() and own.isdigit() and int(own) < int(count)):
         given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in VARIABLES)
         raise UserError(f"{given}: write host:port, the number of processes, and this one's from 0 on")
-    jax.distributed.initialize(where, int(count), int(own), heartbeat_timeout_seconds=HEARTBEAT)
+    _initialize(where, int(count), int(own))
+
+
+def _initialize(*where: Any) -> None:
+    told = f"VGJAX_COORDINATOR={':'.join(map(str, where[:1])) or 'auto'}"
+    try:
+        jax.distributed.initialize(*where, heartbeat_timeout_seconds=HEARTBEAT)
+    except ValueError as error:
+        raise UserError(
+            f"{told}: JAX does not find the job by itself here ({_first(error)}): name host:port"
+        ) from error
+    except RuntimeError as error:
+        raise PeerLost(f"{told}: not all processes of the job came together: {_first(error)}") from error
     _fail_alone()
 
 
@@ -88,7 +99,9 @@ def _first(error: Exception) -> str:
 
 def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:
     """One line on devices, mesh and versions; UserError where a process has other code or config than the first."""
-    said = {"config": config, "code": code(), "versions": versions}
+    flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    devices = {"local devices": jax.local_device_count(), "compiler flags": flags}
+    said = {"config": config, "code": code(), "versions": versions, **devices}
     digests = [
         hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).digest()[:8] for part in said.values()
     ]

@@ -50,7 +50,7 @@ class Data:
     path: str
     frames: int
     size: tuple[int, int]
-    fps: float | None = None
+    fps: float | int | None = None
     workers: int = 0
     threads: int = 2
     timeout_s: float = 300.0

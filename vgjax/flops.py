@@ -56,9 +56,9 @@ def mmdit_forward(
 def count(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs of the matmuls and convolutions in `fn(*args)`; arguments may be ShapeDtypeStructs, nothing is computed.
 
-    Loops count every iteration (`while`, whose length is unknown, one), branches the dearest. The padding of a
-    convolution counts as work. A Pallas kernel counts its body at every place of its grid, cuDNN's attention its two
-    matmuls forward and five backward.
+    Loops count every iteration (`while`, whose length is unknown, one), of a `cond` what runs where it holds. The
+    padding of a convolution counts as work. A Pallas kernel counts its body at every place of its grid, cuDNN's
+    attention its two matmuls forward and five backward.
     """
     return traced(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -77,7 +77,7 @@ def traced(jaxpr: Any) -> float:
             features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * eqn.outvars[0].aval.size * kernel.size / features
         elif kind == "cond":
-            total += max(inner)
+            total += inner[-1]
         elif kind == "scan":
             total += eqn.params["length"] * sum(inner)
         elif kind == "shard_map":

@@ -85,7 +85,18 @@ class Program:
                 kind = op.kind.removesuffix("-start")
                 if kind in COLLECTIVES:
                     found.append(_collective(kind, op, self.computations[name], times))
+                if kind == "fusion":
+                    found += self._fused_collectives(op, times)
         return found
+
+    def _fused_collectives(self, fusion: Op, times: int) -> Iterator[Collective]:
+        """On TPU a reduce-scatter is a fusion of an all-reduce and the slice of it that is kept."""
+        for name in fusion.called("calls"):
+            inside = self.computations.get(name, {})
+            for op in inside.values():
+                if op.kind in COLLECTIVES:
+                    kind = "reduce-scatter" if op.kind == "all-reduce" and "reduce-scatter" in name else op.kind
+                    yield _collective(kind, op, inside, times)
 
     def traffic(self) -> float | int:
         """Bytes that ops and fusions read and write: an upper bound of memory traffic, since caches are not seen."""

@@ -82,7 +82,9 @@ class Layout:
 
     def mesh(self, devices: Sequence[jax.Device], **asked: int) -> Mesh:
         """The named mesh over `devices`, neighbours on a torus where there is one; `data` runs across slices."""
-        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        # A GPU's "slice" is its host: what network lies between hosts is no reason to keep replicas apart.
+        tpus = devices[0].platform == "tpu"
+        slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpus else 1
         sizes = self.shape(len(devices), slices, **asked)
         inner, outer = [sizes[axis] for axis in AXES], [slices, 1, 1, 1]
         inner[0] //= slices

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ class Row:
 
     layout: str
     mesh: dict[str, int]
+    batch: int
     fits: bool
     reason: str = ""
     needed: float = 0.0
@@ -122,33 +124,51 @@ def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespac
     """One layout, at the config's batch or, with --search, at the largest that fits."""
     if not args.search:
         return compiled(config, kind, where, args)
-    good, batch = None, max(config.train.batch, 1)
-    tried: dict[int, Row] = {}
+    unit = unit_of(config, *mesh_of(config, kind, where))
 
-    def at(size: int) -> Row:
-        config.train.batch = size
-        tried.setdefault(size, compiled(config, kind, where, args))
-        return tried[size]
+    @functools.cache
+    def at(units: int) -> Row:
+        return compiled(with_batch(config, units * unit), kind, where, args)
 
-    start, low, high = batch, 0, None
+    first = units = max(1, config.train.batch // unit)
+    low, high = 0, None
     while high is None or high - low > max(1, low // 8):
-        row = at(batch)
-        low, high, good = (batch, high, row) if row.fits else (low, batch, good)
-        batch = 2 * batch if high is None else (low + high) // 2
-        if batch == 0 or batch > 64 * start:
+        low, high = (units, high) if at(units).fits else (low, units)
+        units = 2 * units if high is None else (low + high) // 2
+        if units == 0 or units > 64 * first:
             break
-    config.train.batch = start
-    return good or at(1)
+    return at(low or 1)
+
+
+def with_batch(config: ConfigDict, batch: int) -> ConfigDict:
+    plain = config.to_dict()
+    return ConfigDict({**plain, "train": {**plain["train"], "batch": batch}})
+
+
+def mesh_of(config: ConfigDict, kind: str, where: Topology) -> tuple[layouts.Layout, Mesh]:
+    """The layout and its mesh; axes that the config asks for are those of the config's own layout."""
+    layout = layouts.named(kind)
+    asked = {axis: config.layout.get(axis, 0) for axis in layouts.AXES} if kind == config.layout.kind else {}
+    return layout, layout.mesh(where.devices, **asked)
+
+
+def unit_of(config: ConfigDict, layout: layouts.Layout, mesh: Mesh) -> int:
+    """What must divide the batch: the devices over which it is spread, the steps over which it is accumulated."""
+    return math.lcm(math.prod(mesh.shape[axis] for axis in layout.axes("batch", mesh)), config.optim.accumulate)
 
 
 def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespace) -> Row:
     """Compiles the job under a layout and reads off what it costs."""
-    layout = layouts.named(kind)
-    asked = {axis: config.layout.get(axis, 0) for axis in layouts.AXES} if kind == config.layout.kind else {}
-    mesh = layout.mesh(where.devices, **asked)
-    row = Row(kind, dict(mesh.shape), False, available=where.chip.memory / where.chip.devices)
+    layout, mesh = mesh_of(config, kind, where)
+    available = where.chip.memory / where.chip.devices
+    row = Row(kind, dict(mesh.shape), config.train.batch, False, available=available)
+    unit = unit_of(config, layout, mesh)
+    if config.train.batch % unit:
+        near = max(1, round(config.train.batch / unit)) * unit
+        return dataclasses.replace(row, reason=f"batch {config.train.batch} does not divide into {unit}: try {near}")
     start = time.perf_counter()
-    config.layout.kind = kind
+    plain = config.to_dict()
+    config = ConfigDict({**plain, "layout": {**plain["layout"], "kind": kind}})
     built = experiment.build(config, vae_of(args))
     row = dataclasses.replace(row, model_flops=model_flops(built, args.job))
     with sharding.use(layout, mesh):
@@ -292,15 +312,16 @@ def measured(row: Row, done: Any, job: Job, mesh: Any, where: Topology, seconds:
     compute = job.flops / devices / peak
     memory_time = traffic / (chip.bandwidth / chip.devices)
     total = max(compute, memory_time, network)
+    fits = where.refuses or needed <= row.available
     return dataclasses.replace(
         row,
-        fits=needed <= row.available,
-        reason="" if needed <= row.available else "too large",
+        fits=fits,
+        reason="" if fits else "too large",
         needed=needed,
         activations=float(memory.temp_size_in_bytes),
         flops=job.flops,
         traffic=traffic,
-        collectives=dict(kinds),
+        collectives={kind: float(sent) for kind, sent in kinds.items()},
         compute_seconds=compute,
         memory_seconds=memory_time,
         network_seconds=network,
@@ -313,7 +334,7 @@ def measured(row: Row, done: Any, job: Job, mesh: Any, where: Topology, seconds:
 
 def best(rows: list[Row]) -> tuple[Row | None, str]:
     """The layout to take, and why."""
-    fitting = sorted((row for row in rows if row.fits), key=lambda row: row.step_seconds)
+    fitting = sorted((row for row in rows if row.fits), key=lambda row: -row.tokens_per_second)
     if not fitting:
         small = min((row for row in rows if row.needed), key=lambda row: row.needed, default=None)
         what = f"; the smallest, {small.layout}, needs {small.needed / GIB:.1f} GiB" if small else ""
@@ -322,9 +343,11 @@ def best(rows: list[Row]) -> tuple[Row | None, str]:
     times = {"arithmetic": first.compute_seconds, "memory": first.memory_seconds, "network": first.network_seconds}
     bound = max(times, key=lambda name: times[name])
     than = (
-        f", {fitting[1].step_seconds / first.step_seconds:.2f}x faster than {fitting[1].layout}" if fitting[1:] else ""
+        f", {first.tokens_per_second / fitting[1].tokens_per_second:.2f}x those of {fitting[1].layout}"
+        if fitting[1:]
+        else ""
     )
-    return first, f"{first.layout}: the shortest step of those that fit{than}; bound by {bound}"
+    return first, f"{first.layout}: the most tokens a second of those that fit{than}; bound by {bound}"
 
 
 def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> list[str]:
@@ -332,21 +355,21 @@ def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.N
     data = config.data
     head = f"{len(where.devices)} devices of {args.slices} x {where.name}" if args.slices > 1 else where.name
     lines = [
-        f"{args.job} on {head}: batch {config.train.batch}, {data.frames} frames of {data.size[0]}x{data.size[1]}; "
+        f"{args.job} on {head}: {data.frames} frames of {data.size[0]}x{data.size[1]}; "
         f"a device has {rows[0].available / GIB:.1f} GiB",
-        f"{'layout':9} {'mesh':12} {'GiB':>6} {'params':>6} {'optim':>6} {'activ':>6} | {'TFLOP':>8} {'sent GiB':>8} | "
-        f"{'compute':>8} {'memory':>8} {'network':>8} | {'step s':>7} {'MFU':>5} {'tokens/s':>9}",
+        f"{'layout':9} {'mesh':12} {'batch':>6} {'GiB':>6} {'params':>6} {'optim':>6} {'activ':>6} | {'TFLOP':>8} "
+        f"{'sent GiB':>8} | {'compute':>8} {'memory':>8} {'network':>8} | {'step s':>7} {'MFU':>5} {'tokens/s':>9}",
     ]
-    for row in sorted(rows, key=lambda row: (not row.fits, row.step_seconds)):
+    for row in sorted(rows, key=lambda row: (not row.fits, -row.tokens_per_second)):
         sizes = "x".join(str(size) for size in row.mesh.values())
         gib = [f"{size / GIB:6.1f}" for size in (row.needed, row.params, row.optimizer, row.activations)]
         if not row.step_seconds:
             why = f"needs {gib[0].strip()} of {row.available / GIB:.1f} GiB" if row.needed else row.reason
-            lines.append(f"{row.layout:9} {sizes:12} {why}")
+            lines.append(f"{row.layout:9} {sizes:12} {row.batch:6} {why}")
             continue
         times = " ".join(f"{t:8.3f}" for t in (row.compute_seconds, row.memory_seconds, row.network_seconds))
         lines.append(
-            f"{row.layout:9} {sizes:12} {' '.join(gib)} | {row.model_flops / 1e12:8.1f} "
+            f"{row.layout:9} {sizes:12} {row.batch:6} {' '.join(gib)} | {row.model_flops / 1e12:8.1f} "
             f"{sum(row.collectives.values()) / GIB:8.2f} | {times} | {row.step_seconds:7.3f} {100 * row.mfu:4.0f}% "
             f"{row.tokens_per_second:9,.0f}" + ("" if row.fits else f"   needs {gib[0].strip()} GiB: does not fit")
         )
@@ -401,5 +424,5 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
 
 if __name__ == "__main__":
     topology.environment()
-    program.start(cache=False)
+    program.start(absent=True)
     main()

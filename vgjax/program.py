@@ -19,10 +19,13 @@ from vgjax.errors import UserError
 OPEN = ("data", "evaluate", "layout", "model", "objective", "sample", "shift", "text", "time", "tokenizer", "train")
 
 
-def start(cache: bool = True) -> None:
+def start(absent: bool = False) -> None:
     """Keeps compiled programs across starts (JAX_COMPILATION_CACHE_DIR, default ~/.cache/vgjax), so that a restart of
-    a job costs seconds, not a compilation. Without `cache` not: a program for absent devices cannot be read back."""
-    jax.config.update("jax_enable_compilation_cache", cache)
+    a job costs seconds, not a compilation. Programs for `absent` devices cannot be read back, and those that are there
+    are left alone."""
+    jax.config.update("jax_enable_compilation_cache", not absent)
+    if absent:
+        jax.config.update("jax_platforms", "cpu")
     if (devices := jax.config.jax_num_cpu_devices) > 1:
         # A virtual device keeps a thread for every collective it waits in. With one thread a device (XLA's default on
         # few cores) two collectives at a time wait for each other, and the process aborts after 40 seconds.

@@ -66,6 +66,16 @@ def use(layout: Any, mesh: Mesh) -> Iterator[Mesh]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """No layout is active: for counting what one device would do."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def shard(x: Array, *names: str | None) -> Array:
     """Constrains an activation to the active layout by its logical names; with none active, the identity."""
     active = _active.get()

@@ -21,7 +21,7 @@ TPUS = {
     "v6e": ("TPU v6", 2),
     "tpu7x": ("TPU7x", 3),
 }
-GPUS = {"h100": ("H100", 84_978_434_048, 3_352_320_000_000), "h200": ("H200", 150_754_820_096, 4_800_000_000_000)}
+GPUS = {"h100": "H100", "h200": "H200"}
 NODE = 8  # GPUs that share NVLink
 # A card as the CUDA compiler wants to know it (SXM, compute capability 9.0).
 CARD = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -35,12 +35,16 @@ CARD = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` to build a mesh of; `near` of them share the fast network (a TPU slice, a GPU node)."""
+    """`devices` to build a mesh of; `near` of them share the fast network (a TPU slice, a GPU node).
+
+    `refuses`: its compiler itself knows what is too large.
+    """
 
     name: str
     devices: tuple[Any, ...]
     chip: Chip
     near: int
+    refuses: bool = False
 
 
 def environment() -> None:
@@ -72,7 +76,7 @@ def _tpu(kind: str, shape: str, slices: int) -> Topology:
     except Exception as error:  # the compiler's own words, of whatever type
         raise UserError(f"--topology {kind}:{shape}: the TPU compiler knows no such slice: {error}") from error
     devices = tuple(found.devices)
-    return Topology(f"{kind}:{shape}", devices, chips.CHIPS[TPUS[kind][0]], len(devices) // slices)
+    return Topology(f"{kind}:{shape}", devices, chips.CHIPS[TPUS[kind][0]], len(devices) // slices, True)
 
 
 def _gpu(kind: str, count: int) -> Topology:
@@ -82,10 +86,11 @@ def _gpu(kind: str, count: int) -> Topology:
         raise UserError(f"--topology {kind}:{count}: more than {NODE} cards come in nodes of {NODE}")
     from jax.experimental import topologies
 
-    name, memory, bandwidth = GPUS[kind]
+    name = GPUS[kind]
+    chip = chips.CHIPS[name]
     hosts, each = (count // NODE, NODE) if count > NODE else (1, count)
-    card = CARD.format(name=name, memory=memory, bandwidth=bandwidth)
+    card = CARD.format(name=name, memory=int(chip.memory), bandwidth=int(chip.bandwidth))
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=card, topology=f"1x{hosts}x{each}"
     )
-    return Topology(f"{kind}:{count}", tuple(found.devices), chips.CHIPS[name], each)
+    return Topology(f"{kind}:{count}", tuple(found.devices), chip, each)

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     built = experiment.build(config, of_vae)
     if jax.process_index() == 0:
         print(ready, flush=True)
-    with sharding.use(layout, mesh), alone(workdir):
+    with sharding.use(layout, mesh), alone(workdir), distributed.peers():
         check(built, plan)
         if jax.process_index() == 0:
             with writing(workdir):
@@ -179,7 +179,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
     # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
     dog, own = distributed.Watchdog(plan.watchdog), pipeline.batches(source, **how, start_step=start, rows=rows)
-    with log, contextlib.closing(own) as batches, checkpoints, distributed.peers():
+    with log, contextlib.closing(own) as batches, checkpoints:
         for number in range(start + 1, plan.steps + 1):
             with log.waiting():
                 raw = next(batches)
@@ -251,7 +251,8 @@ def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
     (player,) = objective.players
     key = jax.eval_shape(lambda: jax.random.key(0))
-    forward = flops.count(lambda p, batch, key: objective.loss(player, p, batch, key)[0], params, example, key)
+    with sharding.off():  # heads or tokens that a layout pads are no model FLOPs
+        forward = flops.count(lambda p, batch, key: objective.loss(player, p, batch, key)[0], params, example, key)
     tokens = 0
     if isinstance(objective, FlowObjective):
         tokens = plan.batch * (objective.model.tokens(example["x"].shape[1:4]) + example["text"].shape[1])

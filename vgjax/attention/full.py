@@ -26,8 +26,10 @@ SHORT = 512 * 512
 # cuDNN takes segments as a dense bias. Past this many bytes reading it costs more than to ask, as the program runs,
 # whether all padding lies behind the keys, which needs none;
 SMALL_BIAS = 2**26
-# and past this many the chunked form needs less memory than the bias alone.
-LARGE_BIAS = 2**31
+# and past this many the chunked form needs less memory than the bias and its gradient, which cuDNN gives too.
+LARGE_BIAS = 2**30
+# Scores of all heads that the chunked form may hold there at a time: it is allocated also where it does not run.
+HELD = 2**28
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) 
     if segments is None:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     bias = 2 * q.shape[0] * q.shape[1] * k.shape[1]
+    chunk = min(chunk, max(64, HELD // (q.shape[0] * q.shape[2] * k.shape[1])))
     otherwise = _masked if bias <= LARGE_BIAS else partial(_heads_first, partial(_by_chunks, chunk=chunk))
     if bias <= SMALL_BIAS:
         return otherwise(q, k, v, segments)

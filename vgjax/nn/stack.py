@@ -20,11 +20,16 @@ def _offload(*names: str) -> Any:
     )
 
 
+def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """cuDNN's attention, whose sums have no name: without them its backward pass would run it forward again."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 # What the backward pass of a block finds saved; everything else is computed again.
 REMAT = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
-    "attention": _POLICIES.save_only_these_names("attention"),
+    "attention": _POLICIES.save_from_both_policies(_POLICIES.save_only_these_names("attention"), _is_cudnn),
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     "offload": _offload("block"),
     "offload_attention": _offload("block", "attention"),
