@@ -52,7 +52,7 @@ HELD_OUT = 10  # one combination in so many is never trained on
 MARGIN = 0.04  # between an object and the frame's edge
 GAP = 0.07  # between the areas that two objects sweep
 # The share of scenes with two objects, in a world where there may be two. Which of them does what is the last thing
-# that a model learns, and only pairs teach it: with a third of them, 30,000 steps hardly began to.
+# that a model learns, and only pairs teach it.
 PAIRS = {"train": 2 / 3, "val": 1 / 2, "novel": 1 / 2}
 # Diameter, travel, smaller diameter and growth factor of an object, alone or one of two: two are as large as the frame
 # lets them be. At 32 pixels a shape below seven pixels can no longer be told from another.

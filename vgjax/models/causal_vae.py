@@ -24,7 +24,7 @@ from vgjax.sharding import shard
 from vgjax.typing import Array, Dtype, Float, Key, Params
 
 SIZES: dict[str, dict[str, Any]] = {
-    # 4x4x4 with 16 channels: the quickstart's 17x32x32 clips become 5x8x8. Few, wide positions: that is where a CPU
+    # 4x4x4 with 16 channels: the quickstart's 9x32x32 clips become 3x8x8. Few, wide positions: that is where a CPU
     # convolves fastest.
     "tiny": dict(
         width=64, multipliers=(1, 1), blocks=0, time=(2,), space=(1,), patch_frames=2, patch=4, latent_channels=16
