@@ -7,6 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 WORKDIR=$(realpath -m "${1:-runs/quickstart}")
 CONFIG=${VGJAX_CONFIG:-configs/quickstart.py}
+PROMPTS=${CONFIG%.py}.txt
+[ -f "$PROMPTS" ] || { echo "error: $PROMPTS, the prompts to sample for $CONFIG, is missing: write one a line" >&2; exit 2; }
 BEGAN=$SECONDS
 source launch/environment.sh
 install "$(accelerator)"
@@ -27,7 +29,7 @@ run() {
 }
 run vgjax.train --config "$CONFIG:vae" --workdir "$WORKDIR/vae"
 run vgjax.train --config "$CONFIG:dit" --workdir "$WORKDIR/dit"
-run vgjax.sample --checkpoint "$WORKDIR/dit" --prompts configs/prompts.txt --out "$WORKDIR/samples"
+run vgjax.sample --checkpoint "$WORKDIR/dit" --prompts "$PROMPTS" --out "$WORKDIR/samples"
 run vgjax.evaluate --checkpoint "$WORKDIR/dit"
 cat <<TXT
 
