@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from vgjax.errors import HUNG, PREEMPTED, USER
+from vgjax import distributed, layouts
+from vgjax.errors import HUNG, PREEMPTED, USER, UserError
 
 sys.path.insert(0, str(ROOT / "launch"))
 from local import free_port  # noqa: E402
@@ -179,6 +181,20 @@ def test_a_process_with_another_config_is_named_and_nothing_starts(prepared):
     for i in range(2):
         assert "process 1 has another config than process 0" in job.said(i)
     assert not job.steps()
+
+
+@pytest.mark.parametrize("row,part", enumerate(["config", "code", "versions", "local devices", "compiler flags"]))
+def test_whatever_differs_between_processes_is_named_before_the_first_step(monkeypatch, row, part):
+    def gathered(own):
+        other = own.copy()
+        other[row] += 1
+        return np.stack([own, other])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
+    _, mesh = layouts.find("dp", 1)
+    with pytest.raises(UserError, match=f"process 1 has another {part} than process 0"):
+        distributed.preflight({"seed": 0}, {"jax": "0"}, mesh)
 
 
 def test_a_job_without_latents_says_how_to_make_them(prepared):

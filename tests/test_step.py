@@ -198,3 +198,16 @@ def test_moments_of_an_optimizer_that_takes_some_parameters_are_sharded_too():
         now = init()
     large = [leaf for leaf in jax.tree.leaves(now.opt) if leaf.shape == (WIDTH, 2)]
     assert large and all(leaf.addressable_shards[0].data.shape == (WIDTH // 8, 2) for leaf in large)
+
+
+def test_the_old_state_is_given_away_so_that_two_never_lie_in_memory():
+    objective, optimizer = Regression(), adamw(schedule("constant", 0.01, 0, 100))
+    layout, mesh = layouts.find("fsdp", 8)
+    frozen = {"scale": jnp.float32(1.5)}
+    with sharding.use(layout, mesh):
+        example = jax.eval_shape(objective.prepare, frozen, batch_of(0))
+        abstract, init = state.builder(objective, optimizer, 7, example, layout, mesh)
+        old, run = init(), step.make(objective, optimizer, abstract)
+        run(old, sharding.replicate(frozen, mesh), sharding.place(batch_of(0), layout, mesh))
+    kept = [leaf for leaf in jax.tree.leaves(old) if not leaf.is_deleted()]
+    assert not [leaf.shape for leaf in kept if leaf.size > 1]
