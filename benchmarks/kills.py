@@ -1,13 +1,14 @@
 """Exact resume: kill a training at a random moment, start it again, compare the final state with an undisturbed run.
 
     python benchmarks/kills.py --kills 100 --jobs 2
+    python benchmarks/kills.py --kills 4 --seed 1
     python benchmarks/kills.py --kills 20 --processes 2
 
 Each trial starts `vgjax.train` on a tiny config, sends SIGKILL at a moment drawn uniformly over the life of an
 undisturbed process (imports, compilation, steps, saves), starts the same command again and compares the sha256 of the
 whole final state: parameters, moments, EMA, step, counters. With several processes a random one is killed, and
-`launch/local.py`, which started them, ends and restarts the job by itself. Writes benchmarks/results/kills.json or
-kills_<processes>.json.
+`launch/local.py`, which started them, ends and restarts the job by itself. A run that is over before its moment comes
+is no kill. Writes benchmarks/results/kills.json, kills_<processes>.json, kills_seed_<seed>.json.
 """
 
 import argparse
@@ -115,7 +116,8 @@ def main() -> None:
         "life_seconds": round(life, 2),
         "newest_step_at_the_kill": {name: names.count(name) for name in sorted(set(names))},
     }
-    write("kills" if args.processes == 1 else f"kills_{args.processes}", result)
+    of_seed = f"_seed_{args.seed}" if args.seed else ""
+    write("kills" + (f"_{args.processes}" if args.processes > 1 else "") + of_seed, result)
     sys.exit(not all(hit))
 
 

@@ -151,13 +151,12 @@ STUCK = """
 import os, time
 from vgjax import program, train
 from vgjax.data import pipeline
-real = pipeline.batches
-def batches(*args, **rest):
-    for i, batch in enumerate(real(*args, **rest)):
-        if i == 3 and rest.get("start_step") is not None and os.environ["VGJAX_PROCESS"] == "1":
-            time.sleep(1000)
-        yield batch
-pipeline.batches = batches
+real = pipeline.Batches.__next__
+def stuck(self):
+    if self.step == 3 and os.environ["VGJAX_PROCESS"] == "1":
+        time.sleep(1000)
+    return real(self)
+pipeline.Batches.__next__ = stuck
 program.start()
 train.main(["train", *__import__("sys").argv[1:]])
 """
