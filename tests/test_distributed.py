@@ -146,14 +146,14 @@ def test_sigterm_to_one_process_saves_one_step_of_all(prepared):
         assert f"step {step} is saved" in job.said(i)
 
 
-# Process 1 stops to read data after three batches, for ever.
+# Process 1 stops to read data after five batches, for ever.
 STUCK = """
 import os, time
 from vgjax import program, train
 from vgjax.data import pipeline
 real = pipeline.Batches.__next__
 def stuck(self):
-    if self.step == 3 and os.environ["VGJAX_PROCESS"] == "1":
+    if self.step == 5 and os.environ["VGJAX_PROCESS"] == "1":  # the run looks at four batches before it starts
         time.sleep(1000)
     return real(self)
 pipeline.Batches.__next__ = stuck
