@@ -80,7 +80,7 @@ def test_axes_that_the_config_asks_for_are_those_of_its_own_layout(eight):
 
 def test_the_program_plans_two_slices_and_writes_what_it_found(tmp_path, capsys):
     size = ["--batch", "8", "--size", "32x32", "--vae", "tiny", "--frames", "5"]
-    where = ["--topology", "v5e:2x2", "--slices", "2", "--layouts", "fsdp", "--out", str(tmp_path)]
+    where = ["--topology", "v5e:2x2", "--slices", "2", "--job", "sample", "--layouts", "fsdp", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
         plan.main(["plan", "--config", str(ROOT / "tests" / "tiny.py:dit"), *size, *where])
     assert stopped.value.code == 0
