@@ -29,7 +29,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
     config.seed = 0
     config.precision = "auto"
     config.data = data()
-    config.layout = dict(kind="dp", devices=0)
+    config.layout = dict(kind="dp", devices=1)  # batches of 4 divide over no more
     if arg == "vae":
         config.objective = dict(kind="vae", weights=(("mse", 1.0), ("kl", 1e-6)))
         config.model = dict(kind="causal_vae", size="tiny")

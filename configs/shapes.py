@@ -27,7 +27,7 @@ def get_config(arg: str = "dit") -> ConfigDict:
         workers=0,
         max_bad=0.1,
     )
-    config.layout = dict(kind="dp", devices=0)
+    config.layout = dict(kind="dp", devices=1)  # batches of 4 divide over no more
     if arg == "vae":
         config.objective = dict(kind="vae", weights=(("mse", 1.0), ("kl", 1e-6)))
         config.model = dict(kind="causal_vae", size="tiny")

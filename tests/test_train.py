@@ -15,6 +15,7 @@ from conftest import ROOT, program
 
 from vgjax import checkpoint, errors
 from vgjax.data.sources import Latents, LatentWriter
+from vgjax.storage import alone
 
 DIT = ("--config", "tests/tiny.py:dit")
 
@@ -203,7 +204,7 @@ def test_another_seed_or_a_second_training_in_a_workdir_are_refused(trained, tmp
         stopped.value.code == errors.USER and "was trained with config.seed=0 until step 6" in capsys.readouterr().err
     )
     hold = (
-        "import pathlib, sys\nfrom vgjax.train import alone\n"
+        "import pathlib, sys\nfrom vgjax.storage import alone\n"
         "with alone(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "all" / "vae")]
@@ -213,6 +214,13 @@ def test_another_seed_or_a_second_training_in_a_workdir_are_refused(trained, tmp
             train.main(vae)
         other.stdin.close()
     assert stopped.value.code == errors.USER and "another training writes to" in capsys.readouterr().err
+
+
+def test_holding_a_workdir_renames_no_error_of_the_run(tmp_path):
+    with pytest.raises(ConnectionResetError), alone(tmp_path):
+        raise ConnectionResetError("of something else")
+    with alone(tmp_path):  # and it is free again
+        pass
 
 
 def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp_path, capsys):

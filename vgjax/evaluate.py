@@ -23,7 +23,7 @@ from vgjax import checkpoint, experiment, program, sharding, video
 from vgjax.data import shapes
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
-from vgjax.distributed import fetch, first
+from vgjax.distributed import fetch
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
 from vgjax.log import Log, keep_until
@@ -134,9 +134,7 @@ def clips_of(source: Folder, config: ConfigDict, count: int) -> list[Example]:
 def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyTree) -> dict[str, Any]:
     """Every figure that applies to this checkpoint."""
     config = built.config
-    with first():  # they may be rendered
-        sources = {split: experiment.source(config, split) for split in splits(config)}
-    clips = clips_of(sources["val"], config, plan.clips)
+    clips = clips_of(experiment.source(config, "val"), config, plan.clips)
     videos = np.stack([clip.array for clip in clips])
     if not isinstance(built.objective, FlowObjective):
         return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
@@ -145,16 +143,11 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
     if config.data.kind == "shapes":
         world = experiment.world_of(config)
         for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
-            captions = [caption for _, caption in sources[split].records[: plan.prompts]]
+            captions = experiment.captions(config, split)[: plan.prompts]
             table[name] = prompt_accuracy(sampler, captions, world)
     if plan.nearest:
         table["nearest"] = nearest(sampler, experiment.source(config, "train"))
     return table
-
-
-def splits(config: ConfigDict) -> tuple[str, ...]:
-    """What is measured: a folder holds no combinations that were never trained."""
-    return ("val", "novel") if config.data.kind == "shapes" and config.objective.kind == "flow" else ("val",)
 
 
 class Show:

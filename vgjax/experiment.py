@@ -197,12 +197,16 @@ def world_of(config: ConfigDict) -> shapes.World:
 
 
 def source(config: ConfigDict, split: str = "train") -> Folder:
-    """The videos of a split: the rendered world, written once under `data.path/split`, or the user's folder."""
+    """The videos of a split: the rendered world, written once under `data.path/split`, or the user's folder.
+
+    All processes of a job call it together.
+    """
     data = data_of(config)
     if data.kind == "shapes":
         world = world_of(config)
         folder = Path(data.path) / split
-        shapes.write(world, folder, data.count if split == "train" else data.held_out, split, config.seed)
+        with distributed.first():
+            shapes.write(world, folder, data.count if split == "train" else data.held_out, split, config.seed)
         return Folder(folder)
     return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path))
 

@@ -128,7 +128,7 @@ def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespac
 
     @functools.cache
     def at(units: int) -> Row:
-        return compiled(with_batch(config, units * unit), kind, where, args)
+        return compiled(changed(config, "train", batch=units * unit), kind, where, args)
 
     first = units = max(1, config.train.batch // unit)
     low, high = 0, None
@@ -140,9 +140,10 @@ def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespac
     return at(low or 1)
 
 
-def with_batch(config: ConfigDict, batch: int) -> ConfigDict:
+def changed(config: ConfigDict, section: str, **values: Any) -> ConfigDict:
+    """A copy with other values in a section."""
     plain = config.to_dict()
-    return ConfigDict({**plain, "train": {**plain["train"], "batch": batch}})
+    return ConfigDict({**plain, section: {**plain[section], **values}})
 
 
 def mesh_of(config: ConfigDict, kind: str, where: Topology) -> tuple[layouts.Layout, Mesh]:
@@ -167,9 +168,7 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
         near = max(1, round(config.train.batch / unit)) * unit
         return dataclasses.replace(row, reason=f"batch {config.train.batch} does not divide into {unit}: try {near}")
     start = time.perf_counter()
-    plain = config.to_dict()
-    config = ConfigDict({**plain, "layout": {**plain["layout"], "kind": kind}})
-    built = experiment.build(config, vae_of(args))
+    built = experiment.build(changed(config, "layout", kind=kind), vae_of(args))
     row = dataclasses.replace(row, model_flops=model_flops(built, args.job))
     with sharding.use(layout, mesh):
         job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ class Sampler:
 
     def __call__(self, captions: Sequence[str], **options: Any) -> UInt8[np.ndarray, "n t h w 3"]:
         """Videos of `captions`; options as `latents` takes them."""
-        use = self._settings(options)
+        use = dataclasses.replace(
+            self.settings, **{name: options[name] for name in ("batch", "tile") if name in options}
+        )
         latents = self.latents(captions, **options)
         with self._here():
             parts = [latents[i : i + use.batch] for i in range(0, len(latents), use.batch)]
@@ -92,10 +94,6 @@ class Sampler:
         if not tile or tile >= max(z.shape[2:4]):
             return fetch(_decode(vae, params, stats, z))
         return fetch(to_uint8(decode_tiled(vae, params, from_unit(z, stats), tile, tile // 2)))
-
-    def _settings(self, options: Mapping[str, Any]) -> Settings:
-        known = {field.name for field in dataclasses.fields(Settings)}
-        return dataclasses.replace(self.settings, **{key: value for key, value in options.items() if key in known})
 
     def _here(self) -> contextlib.AbstractContextManager:
         return sharding.use(*self.where) if self.where else contextlib.nullcontext()
@@ -267,11 +265,11 @@ def main(argv: list[str]) -> None:
     sampler = load(args.checkpoint, args.weights, args.layout, args.devices)
     given = {
         name: getattr(args, name)
-        for name in ("steps", "cfg", "shift", "rescale", "interval", "guidance", "stepper", "tile")
+        for name in ("steps", "cfg", "shift", "rescale", "interval", "guidance", "stepper", "batch", "tile")
     }
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
-    batch = args.batch or min(len(prompts), sampler.settings.batch)
-    used = dataclasses.replace(sampler.settings, batch=batch, **given)
+    given = {"batch": min(len(prompts), sampler.settings.batch), **given}
+    used = dataclasses.replace(sampler.settings, **given)
     sampler = dataclasses.replace(sampler, settings=used)
     videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
     fps = sampler.experiment.config.data.fps

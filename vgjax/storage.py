@@ -5,6 +5,7 @@ flipped bit, a cut or a missing file then shows in `verify`; a folder without a 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vgjax.errors import StorageError
+from vgjax.errors import StorageError, UserError
 
 MANIFEST = "manifest.json"
 
@@ -65,6 +66,21 @@ def sealed(folder: Path) -> dict[str, Any] | None:
         return files if raw == _manifest(files) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a folder against other processes; UserError where one holds it. A kill gives it free."""
+    with writing(folder):
+        file = open(folder / ".lock", "w")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a child that loads data would hold it too
+        except BlockingIOError:
+            raise UserError(f"another training writes to {folder}: stop it, or choose another workdir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def _tpu(kind: str, shape: str, slices: int) -> Topology:
     except Exception as error:  # the compiler's own words, of whatever type
         raise UserError(f"--topology {kind}:{shape}: the TPU compiler knows no such slice: {error}") from error
     devices = tuple(found.devices)
-    return Topology(f"{kind}:{shape}", devices, chips.CHIPS[TPUS[kind][0]], len(devices) // slices, True)
+    return Topology(f"{kind}:{shape}", devices, chips.CHIPS[TPUS[kind][0]], len(devices) // slices, refuses=True)
 
 
 def _gpu(kind: str, count: int) -> Topology:

@@ -7,7 +7,6 @@ again after any kind of death it continues bit-exactly, because every batch and 
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 from collections import deque
@@ -26,7 +25,7 @@ from vgjax.errors import Diverged, Preempted, UserError, door
 from vgjax.log import Log
 from vgjax.objectives.flow import FlowObjective
 from vgjax.sample import settings_of
-from vgjax.storage import writing
+from vgjax.storage import alone, writing
 from vgjax.typing import PyTree
 
 LOADED = ("drop_caption", "frames", "size", "fps", "workers", "threads", "timeout_s", "max_bad")
@@ -104,28 +103,13 @@ def main(argv: list[str]) -> None:
     built = experiment.build(config, of_vae)
     if jax.process_index() == 0:
         print(ready, flush=True)
-    with sharding.use(layout, mesh), alone(workdir), distributed.peers():
+    held = alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with sharding.use(layout, mesh), held, distributed.peers():
         check(built, plan)
         if jax.process_index() == 0:
             with writing(workdir):
                 (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
         run(built, plan, frozen, workdir, layout, mesh)
-
-
-@contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
-    """Holds the workdir: two trainings in one would sweep each other's saves away. A kill gives it free."""
-    if jax.process_index():
-        yield
-        return
-    with writing(workdir), open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a process that loads data would hold it too
-        except BlockingIOError:
-            raise UserError(f"another training writes to {workdir}: stop it, or choose another workdir") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def check(built: experiment.Experiment, plan: Schedule) -> None:
@@ -224,8 +208,7 @@ def open_data(
 ) -> tuple[Any, dict[str, Any]]:
     """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
     config, data = built.config, experiment.data_of(built.config)
-    with distributed.first():  # it may render
-        source = experiment.source(config)
+    source = experiment.source(config)
     bad = workdir / f"bad_files{jax.process_index() or ''}.jsonl"
     how = {
         "seed": config.seed,

@@ -82,8 +82,7 @@ def _chunked(
     """`function(q, k, v, segments)` of `chunk` queries at a time; its results begin with `b h n`."""
     n = q.shape[2]
     count = -(-n // chunk)
-    q = rearrange(pad(q, 2, count), "b h (c n) k -> c b h n k", c=count)
-    ids = None if segments is None else rearrange(pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
+    q, ids = _cut(q, count), _cut_ids(segments, count)
 
     @jax.checkpoint
     def one(part: tuple[Array, Array | None]) -> PyTree:
@@ -94,6 +93,15 @@ def _chunked(
     else:
         o = jax.tree.map(lambda x: x[None], one((q[0], None if ids is None else ids[0])))
     return jax.tree.map(lambda x: rearrange(x, "c b h n ... -> b h (c n) ...")[:, :, :n], o)
+
+
+def _cut(x: Array, count: int) -> Array:
+    """`count` chunks of the queries in front."""
+    return rearrange(pad(x, 2, count), "b h (c n) ... -> c b h n ...", c=count)
+
+
+def _cut_ids(segments: Segments | None, count: int) -> Array | None:
+    return None if segments is None else rearrange(pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
 
 
 def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) -> Array:
@@ -148,8 +156,7 @@ def gradients(
     n, scale = q.shape[2], q.shape[-1] ** -0.5
     count = -(-n // chunk)
     inner = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
-    rows = tuple(rearrange(pad(x, 2, count), "b h (c n) ... -> c b h n ...", c=count) for x in (q, do, lse, inner))
-    ids = None if segments is None else rearrange(pad(segments.q, 1, count), "b (c n) -> c b n", c=count)
+    rows = tuple(_cut(x, count) for x in (q, do, lse, inner))
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def one(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
@@ -161,7 +168,8 @@ def gradients(
         dk, dv = sums[0] + einsum("bhnm,bhnk->bhmk", slope, q), sums[1] + einsum("bhnm,bhnk->bhmk", weights, do)
         return (dk, dv), einsum("bhnm,bhmk->bhnk", slope, k)
 
-    (dk, dv), dq = jax.lax.scan(one, (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), (rows, ids))
+    nothing = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(one, nothing, (rows, _cut_ids(segments, count)))
     return rearrange(dq, "c b h n k -> b h (c n) k")[:, :, :n], dk, dv
 
 

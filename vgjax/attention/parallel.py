@@ -38,7 +38,7 @@ class Parallel:
         n, heads = q.shape[1:3]
         tokens = sharding.degree("tokens")
         if segments is None and (n % tokens or k.shape[1] % tokens):
-            segments = everyone(q, k)
+            segments = everyone(len(q), n, k.shape[1])
         q, k, v = (pad(pad(x, 1, tokens), 2, sharding.degree("heads")) for x in (q, k, v))
         ids = () if segments is None else tuple(pad(x, 1, tokens) for x in segments)
         names = (TOKENS,) * 3 + (TOKENS[:2],) * len(ids)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vgjax.typing import Array, Bool, Float, Int
+from vgjax.typing import Array, Bool, Int
 
 
 class Segments(NamedTuple):
@@ -20,9 +20,9 @@ def padding(mask: Bool[Array, "b n"]) -> Segments:
     return Segments(ids, ids)
 
 
-def everyone(q: Float[Array, "b n h k"], k: Float[Array, "b m h k"]) -> Segments:
-    """All queries see all keys: what padding, with its 0, is told from."""
-    return Segments(*(jnp.ones(x.shape[:2], jnp.int32) for x in (q, k)))
+def everyone(b: int, n: int, m: int) -> Segments:
+    """All `n` queries of a sample see all its `m` keys: what padding, with its 0, is told from."""
+    return Segments(jnp.ones((b, n), jnp.int32), jnp.ones((b, m), jnp.int32))
 
 
 def allowed(segments: Segments) -> Bool[Array, "b n m"]:

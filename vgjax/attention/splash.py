@@ -69,8 +69,7 @@ def gradients(
 
     n, m, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
     attend, parts, ids = _prepared(q, k, v, segments, interpret)
-    extra = parts[0].shape[2] - n
-    o, lse, do = (jnp.pad(x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3)) for x in (o, lse, do))
+    o, lse, do = (pad(x, 2, parts[0].shape[2]) for x in (o, lse, do))
 
     def one(q: Array, k: Array, v: Array, ids: Any, o: Array, lse: Array, do: Array) -> tuple[Array, ...]:
         saved = (q, k, v, ids, None, o, lse, attend.dq_mask_info, attend.dkv_mask_info)
@@ -97,7 +96,7 @@ def _prepared(
     n, m = q.shape[2], k.shape[2]
     of_q, of_kv = tile(n, QUERIES), tile(m, KEYS)
     if segments is None and (n % of_q or m % of_kv):
-        segments = everyone(*(rearrange(x, "b h n k -> b n h k") for x in (q, k)))
+        segments = everyone(len(q), n, m)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     q, k, v = (pad(x, 2, size) for x, size in ((q, of_q), (k, of_kv), (v, of_kv)))
     kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], of_q, of_kv, interpret, save_residuals)

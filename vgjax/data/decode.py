@@ -113,13 +113,7 @@ def read_clip(
         line = timeline(str(path), stat.st_mtime_ns, stat.st_size)
         wanted = line.pts[line.window(frames, fps, rng)].tolist()
         return _decode(path, line, wanted, _Fit(size, rng))
-    except Unreadable:
-        raise
     except (av.error.FFmpegError, OSError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"can't be read: {_said(error)}") from error
-    except (SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow says of broken images
-        if path.suffix.lower() not in IMAGES:
-            raise
         raise Unreadable(f"can't be read: {_said(error)}") from error
 
 
@@ -240,8 +234,11 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _image(path: Path) -> av.VideoFrame:
-    with Image.open(path) as image:  # the first frame of an animation
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(path) as image:  # the first frame of an animation
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow says of broken images
+        raise Unreadable(f"can't be read: {_said(error)}") from error
     return av.VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")
 
 
