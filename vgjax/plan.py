@@ -100,6 +100,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--size", help="HxW in pixels")
     parser.add_argument("--vae", default="4x8x8", help="size of the causal VAE whose latents are trained on")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits, for each layout")
+    parser.add_argument("--exact", action="store_true", help="compile as for a run: TPUs take three times as long")
     parser.add_argument("--out", help="folder for plan.json and plan.png")
     return parser.parse_known_args(argv)
 
@@ -174,7 +175,7 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
         job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
         row = dataclasses.replace(row, **memory_of_state(job))
         try:
-            done = job.lowered.compile()
+            done = job.lowered.compile({} if args.exact else dict(where.quick))
         except Exception as error:  # the compilers have no type of their own for "too large"
             return dataclasses.replace(row, **refusal(error, row))
     return measured(row, done, job, mesh, where, time.perf_counter() - start)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from vgjax import chips
@@ -20,6 +21,14 @@ TPUS = {
     "v5p": ("TPU v5", 3),
     "v6e": ("TPU v6", 2),
     "tpu7x": ("TPU7x", 3),
+}
+# Most of the TPU compiler's time goes into scheduling the code of each operation, of which a plan reads nothing, and
+# again for each set of collectives that it joins into one. What a plan reads stays as it is but for a little memory:
+# benchmarks/README.md has the difference.
+QUICK = {
+    "exec_time_optimization_effort": -1.0,
+    "xla_jf_crs_combiner_threshold_count": 1,
+    "xla_jf_crs_combiner_threshold_in_bytes": 65536,
 }
 GPUS = {"h100": "H100", "h200": "H200"}
 NODE = 8  # GPUs that share NVLink
@@ -37,7 +46,7 @@ CARD = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 
 class Topology:
     """`devices` to build a mesh of; `near` of them share the fast network (a TPU slice, a GPU node).
 
-    `refuses`: its compiler itself knows what is too large.
+    `refuses`: its compiler itself knows what is too large. `quick`: options with which it takes less time for a plan.
     """
 
     name: str
@@ -45,6 +54,7 @@ class Topology:
     chip: Chip
     near: int
     refuses: bool = False
+    quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def environment() -> None:
@@ -76,7 +86,8 @@ def _tpu(kind: str, shape: str, slices: int) -> Topology:
     except Exception as error:  # the compiler's own words, of whatever type
         raise UserError(f"--topology {kind}:{shape}: the TPU compiler knows no such slice: {error}") from error
     devices = tuple(found.devices)
-    return Topology(f"{kind}:{shape}", devices, chips.CHIPS[TPUS[kind][0]], len(devices) // slices, refuses=True)
+    near = len(devices) // slices
+    return Topology(f"{kind}:{shape}", devices, chips.CHIPS[TPUS[kind][0]], near, refuses=True, quick=QUICK)
 
 
 def _gpu(kind: str, count: int) -> Topology:

@@ -108,21 +108,20 @@ def test_gpu_takes_the_fused_kernel_in_half_precision_and_hides_what_padding_wou
     assert len(kernel) == len(SEGMENTS)
 
 
-def test_a_long_sequence_on_gpu_needs_no_mask_where_padding_lies_behind(kernel, monkeypatch):
+def test_a_long_sequence_on_gpu_needs_no_mask_where_a_sample_is_one_segment_and_padding(kernel, monkeypatch):
     monkeypatch.setattr(full, "SMALL_BIAS", 0)
 
     def self_attention(ids):
         return Segments(*(jnp.stack([ids(0, jnp.arange(n)), ids(1, jnp.arange(n))]).astype(jnp.int32) for n in (N, M)))
 
-    behind = {
+    single = {
         "nothing": self_attention(lambda b, i: i >= 0),
         "behind": self_attention(lambda b, i: i < [N, 4][b]),
         "a whole sample": self_attention(lambda b, i: i < [N, 0][b]),
+        "in front": self_attention(lambda b, i: 2 * (i >= 3)),
+        "between": self_attention(lambda b, i: i % (3 + b) != 1),
     }
-    elsewhere = {
-        "in front": self_attention(lambda b, i: i >= 3),
-        "two segments": self_attention(lambda b, i: 1 + (i > 4)),
-    }
+    several = {"two segments": self_attention(lambda b, i: 1 + (i > 4))}
 
     def attention(q, k, v, segments):
         half = (x.astype(jnp.bfloat16) for x in (q, k, v))
@@ -130,8 +129,8 @@ def test_a_long_sequence_on_gpu_needs_no_mask_where_padding_lies_behind(kernel, 
 
     for large, asked in ((0, {"lengths"}), (2**31, {"lengths", "mask"})):
         monkeypatch.setattr(full, "LARGE_BIAS", large)
-        for name, segments in (behind | elsewhere).items():
-            assert bool(full._is_prefix(segments)) == (name in behind), name
+        for name, segments in (single | several).items():
+            assert bool(full._is_single(segments)) == (name in single), name
             ours = value_and_gradients(partial(attention, segments=segments), *inputs())
             theirs = value_and_gradients(partial(naive_attention, segments=segments), *inputs())
             for one, other in zip(ours, theirs, strict=True):

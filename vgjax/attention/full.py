@@ -24,7 +24,7 @@ SMALL = 160 * 160
 # TPU: up to this many scores a head (a caption's tokens) XLA's own fusions do, and pad nothing to tiles.
 SHORT = 512 * 512
 # cuDNN takes segments as a dense bias. Past this many bytes reading it costs more than to ask, as the program runs,
-# whether all padding lies behind the keys, which needs none;
+# whether a sample is one segment and padding, which needs none;
 SMALL_BIAS = 2**26
 # and past this many the chunked form needs less memory than the bias and its gradient, which cuDNN gives too.
 LARGE_BIAS = 2**30
@@ -113,7 +113,7 @@ def _by_heads(q: Array, k: Array, v: Array, segments: Segments | None, chunk: in
         ids = None if segments is None else jax.tree.map(lambda a: a[None], head[3])
         return _by_chunks(q, k, v, ids, chunk)[0, 0]
 
-    ids = None if segments is None else Segments(*(repeat(a, "b n -> (b h) n", h=heads) for a in segments))
+    ids = None if segments is None else segments.each(lambda a: repeat(a, "b n -> (b h) n", h=heads))
     qkv = (rearrange(a, "b h n k -> (b h) n k") for a in (q, k, v))
     return rearrange(jax.lax.map(one, (*qkv, ids)), "(b h) n k -> b h n k", h=heads)
 
@@ -203,27 +203,24 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Segments | None, chunk: int) 
     otherwise = _masked if bias <= LARGE_BIAS else partial(_heads_first, partial(_by_chunks, chunk=chunk))
     if bias <= SMALL_BIAS:
         return otherwise(q, k, v, segments)
-    return jax.lax.cond(_is_prefix(segments), _prefixed, otherwise, q, k, v, segments)
+    return jax.lax.cond(_is_single(segments), _counted, otherwise, q, k, v, segments)
 
 
-def _is_prefix(segments: Segments) -> Bool[Array, ""]:
-    """Whether each sample is one segment with padding behind its keys, and anywhere among its queries."""
-    first = segments.kv[:, :1]
-    behind = jnp.arange(segments.kv.shape[1]) >= _lengths(segments)[:, None]
-    keys, queries = segments.kv == jnp.where(behind, 0, first), (segments.q == first) | (segments.q == 0)
-    return jnp.all(keys) & jnp.all(queries)
+def _is_single(segments: Segments) -> Bool[Array, ""]:
+    """Whether each sample is one segment, with padding anywhere among its queries and keys."""
+    one = jnp.max(segments.kv, axis=1, keepdims=True)
+    return jnp.all(jnp.array([jnp.all((ids == one) | (ids == 0)) for ids in segments]))
 
 
-def _lengths(segments: Segments) -> Array:
-    return jnp.sum(segments.kv != 0, axis=1, dtype=jnp.int32)
-
-
-def _prefixed(q: Array, k: Array, v: Array, segments: Segments) -> Array:
+def _counted(q: Array, k: Array, v: Array, segments: Segments) -> Array:
     """cuDNN told how many keys there are. What it leaves in padded places, gradients too, is replaced by zeros."""
-    lengths = _lengths(segments)
-    of_q, of_kv = (ids[:, :, None, None] != 0 for ids in segments)
-    seen = of_q & (lengths > 0)[:, None, None, None]
-    q, k, v = jnp.where(seen, q, 0), jnp.where(of_kv, k, 0), jnp.where(of_kv, v, 0)
+    lengths = jnp.sum(segments.kv != 0, axis=1, dtype=jnp.int32)
+    # The kernel wants all padding behind the keys, where nothing is lost by moving it; their order means nothing.
+    order = jnp.argsort(segments.kv == 0, axis=1, stable=True)
+    real = (jnp.arange(k.shape[1]) < lengths[:, None])[:, :, None, None]
+    k, v = (jnp.where(real, jnp.take_along_axis(x, order[:, :, None, None], axis=1), 0) for x in (k, v))
+    seen = (segments.q != 0)[:, :, None, None] & (lengths > 0)[:, None, None, None]
+    q = jnp.where(seen, q, 0)
     # The kernel is given one key at least.
     many = jnp.maximum(lengths, 1)
     return jnp.where(seen, jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=many, implementation="cudnn"), 0)
@@ -233,6 +230,6 @@ def _masked(q: Array, k: Array, v: Array, segments: Segments) -> Array:
     """cuDNN with a bias. Its backward wants even lengths then, and rows without keys come out as a mean."""
     n = q.shape[1]
     q, k, v = (pad(a, 1, 2) for a in (q, k, v))
-    mask = allowed(Segments(*(pad(a, 1, 2) for a in segments)))
+    mask = allowed(segments.each(lambda a: pad(a, 1, 2)))
     o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], o, 0)[:, :n]

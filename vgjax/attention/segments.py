@@ -1,5 +1,6 @@
 """Who may see whom: one integer a token. A query sees the keys that carry its own id; 0 is padding."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,16 +9,33 @@ from vgjax.typing import Array, Bool, Int
 
 
 class Segments(NamedTuple):
-    """Segment ids of queries and keys. A query with id 0, or with no key of its id, gets an output of 0."""
+    """Segment ids of queries and keys. A query with id 0, or with no key of its id, gets an output of 0.
+
+    Where queries and keys are the same tokens (`among`) the two are one array, and stay one through `each`: so a kernel
+    knows that no query lacks a key.
+    """
 
     q: Int[Array, "b n"]
     kv: Int[Array, "b m"]
 
+    @property
+    def same(self) -> bool:
+        """Whether queries and keys are known to be the same tokens."""
+        return self.q is self.kv
+
+    def each(self, change: Callable[[Array], Array]) -> "Segments":
+        """Both ids through `change`."""
+        return among(change(self.q)) if self.same else Segments(change(self.q), change(self.kv))
+
+
+def among(ids: Int[Array, "b n"]) -> Segments:
+    """Self-attention of tokens that carry these ids."""
+    return Segments(ids, ids)
+
 
 def padding(mask: Bool[Array, "b n"]) -> Segments:
     """Self-attention among the tokens that `mask` keeps."""
-    ids = mask.astype(jnp.int32)
-    return Segments(ids, ids)
+    return among(mask.astype(jnp.int32))
 
 
 def everyone(b: int, n: int, m: int) -> Segments:

@@ -33,6 +33,6 @@ class Ulysses:
             return jax.lax.all_to_all(pad(x, 2, devices), self.axis, split_axis=2, concat_axis=1, tiled=True)
 
         if segments is not None:
-            segments = Segments(*(jax.lax.all_gather(ids, self.axis, axis=1, tiled=True) for ids in segments))
+            segments = segments.each(lambda ids: jax.lax.all_gather(ids, self.axis, axis=1, tiled=True))
         o = self.inner(*map(to_heads, (q, k, v)), segments)
         return jax.lax.all_to_all(o, self.axis, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]

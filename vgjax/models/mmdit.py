@@ -1,8 +1,9 @@
 """MM-DiT: the velocity of a latent video, given time and text; the HunyuanVideo (2412.03603), SD3 and Flux family.
 
 Dual-stream blocks keep video and text tokens in streams of their own (QKV, MLP and modulation each) that meet in one
-joint attention; single-stream blocks then treat the joined sequence as one. The joint order is video, then text; text
-tokens sit at rotary position 0, which turns nothing. A pooled text vector, time and optionally guidance modulate.
+joint attention; single-stream blocks then treat the joined sequence as one. The joint order is video, then text, on
+each device that shares the tokens (`attention.parallel.join`); text tokens sit at rotary position 0, which turns
+nothing. A pooled text vector, time and optionally guidance modulate.
 """
 
 import math
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vgjax.attention.full import Full
-from vgjax.attention.segments import Segments
+from vgjax.attention.parallel import fill, join, part
+from vgjax.attention.segments import among
 from vgjax.errors import UserError
 from vgjax.nn import patch, rope
 from vgjax.nn.embed import ScalarEmbed
@@ -122,7 +124,9 @@ class MMDiT(nn.Module):
         x: patches (`nn.patch`), places: where each lies in its own video, of_x and of_c: to which sample of the row a
         patch or text token belongs, from 1 on, 0 for padding. Samples do not see each other.
         """
-        n, m = x.shape[1], c.shape[1]
+        n = x.shape[1]
+        x, of_x, places, c, of_c = map(fill, (x, of_x, places, c, of_c))
+        text = c.shape[1]
         block = dict(heads=self.heads, inner=int(self.mlp_ratio * self.dim), attention=self.attention, dtype=self.dtype)
         stack = partial(Stack, remat=self.remat, scan=self.scan)
 
@@ -135,15 +139,15 @@ class MMDiT(nn.Module):
         c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, of_c, t)
         if self.absolute:
             x = x + Linear(self.dim, (None, "embed"), dtype=self.dtype, name="places")(rope.waves(places, 16))
-        ids = jnp.pad(places, ((0, 0), (0, m), (0, 0)))
+        x, c = shard(x, "batch", "tokens", None), shard(c, "batch", "tokens", None)
+        ids = join(places, jnp.zeros((len(places), text, 3), places.dtype))
         turn = rope.rotation(ids, self._rope_dims(), self.theta)
-        samples = jnp.concatenate([of_x, of_c], axis=1)
-        segments = Segments(samples, samples)
+        samples = join(of_x, of_c)
 
         double = stack(partial(DoubleStreamBlock, **block), self.double_blocks, name="double")
         single = stack(partial(SingleStreamBlock, **block), self.single_blocks, name="single")
-        x, c = double((x, c), condition, turn, segments)
-        x = single(jnp.concatenate([x, c], axis=1), condition, turn, segments)[:, :n]
+        x, c = double((x, c), condition, turn, samples)
+        x, _ = part(single(join(x, c), condition, turn, samples), text)
 
         shift, scale = Modulation(self.dim, 2, name="modulation")(condition, of_x)
         out = Linear(
@@ -153,7 +157,7 @@ class MMDiT(nn.Module):
             dtype=self.dtype,
             name="velocity",
         )(modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype))
-        return out.astype(jnp.float32)
+        return out[:, :n].astype(jnp.float32)
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Video tokens of a latent grid `t h w`; a `UserError` where the patch does not divide it."""
@@ -188,19 +192,19 @@ class DoubleStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, condition: Float[Array, "b s d"], turn: rope.Rotation, segments: Segments
+        self, streams: Streams, condition: Float[Array, "b s d"], turn: rope.Rotation, samples: Int[Array, "b j"]
     ) -> Streams:
         x, c = streams
-        n, dim = x.shape[1:]
+        dim = x.shape[-1]
         video = Stream(dim, self.heads, self.inner, self.dtype, name="video")
         text = Stream(dim, self.heads, self.inner, self.dtype, name="text")
-        of_x, of_c = segments.q[:, :n], segments.q[:, n:]
+        of_x, of_c = part(samples, c.shape[1])
         video_vectors, text_vectors = video.modulation(condition, of_x), text.modulation(condition, of_c)
         qkv = zip(video.before(x, video_vectors), text.before(c, text_vectors), strict=True)
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in qkv)
-        o = _attend(self.attention, q, k, v, turn, segments)
-        x, c = video.after(x, o[:, :n], video_vectors), text.after(c, o[:, n:], text_vectors)
-        return shard(x, "batch", "tokens", None), shard(c, "batch", "text", None)
+        q, k, v = (join(*pair) for pair in qkv)
+        of_video, of_text = part(_attend(self.attention, q, k, v, turn, samples), c.shape[1])
+        x, c = video.after(x, of_video, video_vectors), text.after(c, of_text, text_vectors)
+        return shard(x, "batch", "tokens", None), shard(c, "batch", "tokens", None)
 
 
 class Stream(nn.Module):
@@ -237,12 +241,14 @@ class SingleStreamBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, condition: Float[Array, "b s d"], turn: rope.Rotation, segments: Segments) -> Tokens:
+    def __call__(
+        self, x: Tokens, condition: Float[Array, "b s d"], turn: rope.Rotation, samples: Int[Array, "b n"]
+    ) -> Tokens:
         dim = x.shape[-1]
-        shift, scale, gate = Modulation(dim, 3, name="modulation")(condition, segments.q)
+        shift, scale, gate = Modulation(dim, 3, name="modulation")(condition, samples)
         y = modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype)
         q, k, v = QKV(self.heads, dtype=self.dtype, name="qkv")(y)
-        o = _attend(self.attention, q, k, v, turn, segments)
+        o = _attend(self.attention, q, k, v, turn, samples)
         # The one bias of the joined output projection is the MLP's.
         out = Merge(dim, use_bias=False, dtype=self.dtype, name="merge")(o)
         out = out + MLP(self.inner, dtype=self.dtype, name="mlp")(y)
@@ -269,7 +275,7 @@ class TextRefiner(nn.Module):
         mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)[:, :, None]
         condition = jax.nn.silu(ScalarEmbed(self.dim, name="time")(t) + _embed(self.dim, "pooled")(mean))
         blocks = self.stack(partial(RefinerBlock, **self.block), self.blocks, name="blocks")
-        return blocks(x, condition, Segments(samples, samples))
+        return blocks(x, condition, samples)
 
 
 class RefinerBlock(nn.Module):
@@ -281,19 +287,19 @@ class RefinerBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, condition: Float[Array, "b s d"], segments: Segments) -> Tokens:
-        gate, gate_mlp = Modulation(x.shape[-1], 2, name="modulation")(condition, segments.q)
+    def __call__(self, x: Tokens, condition: Float[Array, "b s d"], samples: Int[Array, "b n"]) -> Tokens:
+        gate, gate_mlp = Modulation(x.shape[-1], 2, name="modulation")(condition, samples)
         norm = partial(LayerNorm, affine=True, dtype=self.dtype)
         q, k, v = QKV(self.heads, norm=False, dtype=self.dtype, name="qkv")(norm(name="norm")(x))
-        o = self.attention(q, k, v, segments)
+        o = self.attention(q, k, v, among(samples))
         x = gated(x, Merge(x.shape[-1], dtype=self.dtype, name="merge")(o), gate)
         mlp = MLP(self.inner, act=jax.nn.silu, dtype=self.dtype, name="mlp")
-        return shard(gated(x, mlp(norm(name="norm_mlp")(x)), gate_mlp), "batch", "text", None)
+        return shard(gated(x, mlp(norm(name="norm_mlp")(x)), gate_mlp), "batch", "tokens", None)
 
 
-def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, segments: Segments) -> Array:
+def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, samples: Array) -> Array:
     q, k, v = (shard(a, "batch", "tokens", "heads", None) for a in (rope.rotate(q, turn), rope.rotate(k, turn), v))
-    return attention(q, k, v, segments)
+    return attention(q, k, v, among(samples))
 
 
 def _embed(dim: int, name: str) -> MLP:
