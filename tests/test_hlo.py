@@ -75,6 +75,20 @@ ENTRY %main (x: f32[64]) -> f32[16] {
     assert (found.kind, found.sent, found.times, len(found.group)) == ("reduce-scatter", 64 * 4 * 3 / 4, 1, 4)
 
 
+def test_a_gather_that_a_tpu_spreads_over_other_work_counts_once():
+    gather = """  %p = bf16[16]{0} parameter(0)
+  ROOT %g = bf16[64]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, f={chain_id="CHAIN"}
+}
+"""
+    text = "HloModule m\n"
+    for number, chain in enumerate("007"):
+        text += f"\n%step.{number} (p: bf16[16]) -> bf16[64] {{\n{gather.replace('CHAIN', chain)}"
+    text += "\nENTRY %main (x: bf16[16]) -> bf16[64] {\n  %x = bf16[16]{0} parameter(0)\n"
+    for number in range(3):
+        text += f"  %f.{number} = bf16[64]{{0}} fusion(%x), kind=kCustom, calls=%step.{number}\n"
+    assert [(c.kind, c.sent, c.times) for c in hlo.parse(text + "}\n").collectives()] == 2 * [("all-gather", 96, 1)]
+
+
 def test_of_two_branches_the_one_counts_that_runs_where_the_condition_holds():
     def twice(x):
         return jax.lax.ppermute(jax.lax.ppermute(x, "sequence", RING) + 1, "sequence", RING)

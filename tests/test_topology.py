@@ -1,5 +1,7 @@
 """The real TPU compiler takes what is meant to run there: kernels, train step, sampler, offloading; without a TPU."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from conftest import planned
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vgjax import layouts, plan, sharding, topology
+from vgjax import hlo, layouts, plan, sharding, topology
 from vgjax.attention.segments import Segments
 from vgjax.attention.splash import splash
 from vgjax.errors import UserError
@@ -69,7 +71,21 @@ def test_a_slice_takes_the_train_step_and_the_sampler(job, kind):
         done = lowered.compile()
     text = done.as_text()
     assert "tpu_custom_call" in text and ("all-to-all" if kind == "ulysses" else "all-reduce") in text
+    assert " sort(" not in text  # of ids, to find queries without keys: self-attention has none
     assert done.memory_analysis().temp_size_in_bytes < 2**30
+    if job == "train":
+        quick = lowered.compile(topology.QUICK)
+        assert sent(quick) == {kind: pytest.approx(number, rel=0.1, abs=20_000) for kind, number in sent(done).items()}
+        # With less effort it never looks smaller than what will run.
+        assert quick.memory_analysis().temp_size_in_bytes > 0.97 * done.memory_analysis().temp_size_in_bytes
+
+
+def sent(done):
+    """Bytes by kind of collective."""
+    kinds = Counter()
+    for collective in hlo.parse(done.as_text()).collectives():
+        kinds[collective.kind] += collective.sent * collective.times
+    return dict(kinds)
 
 
 class Block(nn.Module):

@@ -81,20 +81,29 @@ class Program:
     def collectives(self) -> list[Collective]:
         found = []
         for name, times in self.visits():
+            chains: set[str] = set()
             for op in self.computations[name].values():
                 kind = op.kind.removesuffix("-start")
                 if kind in COLLECTIVES:
                     found.append(_collective(kind, op, self.computations[name], times))
                 if kind == "fusion":
-                    found += self._fused_collectives(op, times)
+                    found += self._fused_collectives(op, times, chains)
         return found
 
-    def _fused_collectives(self, fusion: Op, times: int) -> Iterator[Collective]:
-        """On TPU a reduce-scatter is a fusion of an all-reduce and the slice of it that is kept."""
+    def _fused_collectives(self, fusion: Op, times: int, chains: set[str]) -> Iterator[Collective]:
+        """On TPU a reduce-scatter is a fusion of an all-reduce and the slice of it that is kept.
+
+        A collective that goes on behind other work there is written into each of these fusions: `chains` has those
+        that were counted.
+        """
         for name in fusion.called("calls"):
             inside = self.computations.get(name, {})
             for op in inside.values():
                 if op.kind in COLLECTIVES:
+                    chain = re.search(r'chain_id="(\d+)"', op.rest)
+                    if chain and chain[1] in chains:
+                        continue
+                    chains.update(chain.groups() if chain else ())
                     kind = "reduce-scatter" if op.kind == "all-reduce" and "reduce-scatter" in name else op.kind
                     yield _collective(kind, op, inside, times)
 

@@ -22,9 +22,9 @@ TPUS = {
     "v6e": ("TPU v6", 2),
     "tpu7x": ("TPU7x", 3),
 }
-# Most of the TPU compiler's time goes into scheduling the code of each operation, of which a plan reads nothing, and
-# again for each set of collectives that it joins into one. What a plan reads stays as it is but for a little memory:
-# benchmarks/README.md has the difference.
+# Most of the TPU compiler's time goes into the code of each operation, of which a plan reads nothing, and once more for
+# each set of collectives that it joins into one. With less of that the bytes sent stay, and a program wants some
+# percent more memory, not less: benchmarks/README.md has the difference.
 QUICK = {
     "exec_time_optimization_effort": -1.0,
     "xla_jf_crs_combiner_threshold_count": 1,

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from vgjax import layouts, sharding
 from vgjax.attention.full import Full
-from vgjax.attention.parallel import Parallel
+from vgjax.attention.parallel import Parallel, fill, join, part
 from vgjax.attention.segments import Segments
 
 K = 8
@@ -74,3 +74,27 @@ def test_tokens_travel_by_the_collectives_they_should(kind):
     names = ("all-to-all", "collective-permute", "all-gather", "all-reduce", "reduce-scatter")
     found = {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}
     assert {name: count for name, count in found.items() if count} == COLLECTIVES[kind]
+
+
+@pytest.mark.parametrize("kind", ["dp", "ulysses", "usp"])
+def test_streams_join_and_part_without_a_token_that_changes_its_device(kind):
+    layout, mesh = layouts.find(kind, 8)
+    devices = mesh.size if kind != "dp" else 1
+    x, c = jnp.arange(2 * 61 * 3.0).reshape(2, 61, 3), -jnp.arange(2 * 13 * 3.0).reshape(2, 13, 3)
+
+    def both(x, c):
+        joined = join(x, c)
+        return joined, *part(joined, c.shape[1])
+
+    with sharding.use(layout, mesh):
+        x, c = fill(x), fill(c)
+        at = NamedSharding(mesh, layout.spec(("batch", "tokens", None), x.shape, mesh))
+        x, c = jax.device_put((x, c), at)
+        compiled = jax.jit(both, out_shardings=at).lower(x, c).compile()
+    assert "all-" not in compiled.as_text() and "permute" not in compiled.as_text()
+    joined, *parts = compiled(x, c)
+    np.testing.assert_array_equal(parts[0], x)
+    np.testing.assert_array_equal(parts[1], c)
+    assert x.shape[1] == -(-61 // devices) * devices and c.shape[1] == -(-13 // devices) * devices
+    for piece, of_x, of_c in zip(*(np.split(np.asarray(a), devices, axis=1) for a in (joined, x, c)), strict=True):
+        np.testing.assert_array_equal(piece, np.concatenate([of_x, of_c], axis=1))
