@@ -13,9 +13,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, program
 
 from vgjax import distributed, layouts
+from vgjax.data.decode import read_clip
 from vgjax.errors import HUNG, PREEMPTED, USER, UserError
 
 sys.path.insert(0, str(ROOT / "launch"))
@@ -201,3 +202,18 @@ def test_a_job_without_latents_says_how_to_make_them(prepared):
     job = Job(prepared, 2)
     assert job.wait() == [USER, USER]
     assert "vgjax.encode" in job.said(0)
+
+
+def test_several_processes_sample_the_videos_of_one(trained, tmp_path):
+    asked = ["--checkpoint", trained / "dit", "--prompt", "a red circle moves left", "--num", "2"]
+    here = {"JAX_NUM_CPU_DEVICES": "1"}
+    one = program("sample", *asked, "--out", tmp_path / "one", **here)
+    assert one.returncode == 0, one.stderr
+    command = [sys.executable, "launch/local.py", "2", "vgjax.sample", *asked, "--layout", "ulysses"]
+    command = [*map(str, command), "--out", str(tmp_path / "two")]
+    two = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, capture_output=True, text=True)
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert "in 2 process(es)" in two.stdout and "2 videos in" in two.stdout
+    for file in ("000.mp4", "001.mp4"):
+        ours, theirs = (read_clip(tmp_path / name / file, 5, (16, 16), fps=8) for name in ("two", "one"))
+        assert np.abs(ours.astype(int) - theirs).max() <= 3

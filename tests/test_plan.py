@@ -1,6 +1,7 @@
 """The planner: what a step needs and where its state lies; test_topology compiles it."""
 
 import argparse
+import dataclasses
 import json
 
 import jax
@@ -70,6 +71,20 @@ def test_a_batch_that_does_not_divide_is_a_row_with_the_nearest_that_does(eight)
     refused = plan.compiled(config, "fsdp", eight, args)
     assert not refused.fits and refused.reason == "batch 12 does not divide into 8: try 16"
     assert refused.reason in "".join(plan.table([refused], config, eight, args))
+
+
+@pytest.mark.parametrize("part,compilations", [(0.5, 1), (0.97, 2), (1.05, 2), (3.0, 1)])
+def test_what_nearly_fits_is_compiled_again_as_for_a_run(monkeypatch, eight, part, compilations):
+    where, asked = dataclasses.replace(eight, quick={"effort": -1}), []
+
+    def attempt(row, job, options, mesh, where):
+        asked.append(dict(options))
+        return dataclasses.replace(row, needed=part * row.available, fits=part < 1)
+
+    monkeypatch.setattr(plan, "attempt", attempt)
+    args, _ = plan.parse(["--topology", "none"])
+    assert plan.compiled(planned(*SMALL, "--batch", "8").config, "dp", where, args).fits == (part < 1)
+    assert asked == [{"effort": -1}, {}][:compilations]
 
 
 def test_axes_that_the_config_asks_for_are_those_of_its_own_layout(eight):

@@ -157,6 +157,11 @@ def find(
         )
     layout = named(kind)
     chosen = present[: devices or len(present)]
+    if len({device.process_index for device in chosen}) < jax.process_count():
+        raise UserError(
+            f"config.layout.devices={devices} leaves some of the {jax.process_count()} processes without a device: use "
+            "0 for all of them"
+        )
     return layout, layout.mesh(chosen, data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
 
 

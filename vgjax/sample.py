@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, experiment, layouts, program, sharding, video
+from vgjax import checkpoint, distributed, experiment, layouts, program, sharding, video
 from vgjax.distributed import fetch
 from vgjax.errors import UserError, door
 from vgjax.flow.guidance import cfg as guide
@@ -174,7 +174,8 @@ def settings_of(config: ConfigDict) -> Settings:
 def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int = 0) -> Sampler:
     """A Sampler from a training workdir, its checkpoints or one step; `weights` is `ema` or `params`.
 
-    It samples on one device, or on the first `devices` (0: all) by the `layout` of this name.
+    It samples on one device, or on the first `devices` (0: all) by the `layout` of this name. Several processes sample
+    together, on all devices, by the layout of the training if they are given none; each returns all videos.
     """
     if weights not in ("ema", "params"):
         raise UserError(f"weights={weights!r} is unknown: use ema or params")
@@ -185,13 +186,14 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
             f"{path} holds a {config.objective.kind}, not a text-to-video model: give the workdir of a flow"
         )
     of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
+    alone = not layout and jax.process_count() == 1
     config.layout.kind = layout or config.layout.kind
     built = experiment.build(config, of_vae)
     needed = wanted(built)
     checkpoint.check_leaves(tree[weights], sharding.unboxed(needed), path)
-    if not layout:
+    if alone:
         return Sampler(built, tree[weights], frozen, settings_of(config), step=step)
-    where = layouts.find(layout, devices)
+    where = layouts.find(config.layout.kind, devices)
     params = jax.device_put(tree[weights], sharding.shardings(needed, *where))
     return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where, step)
 
@@ -259,6 +261,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 @door
 def main(argv: list[str]) -> None:
     args = parse(argv[1:])
+    distributed.join()
     prompts, size = prompts_of(args), program.size_of(args.size)
     out = program.workdir(args.out)
     video.check_codec(args.codec)
@@ -269,9 +272,19 @@ def main(argv: list[str]) -> None:
     }
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     given = {"batch": min(len(prompts), sampler.settings.batch), **given}
-    used = dataclasses.replace(sampler.settings, **given)
-    sampler = dataclasses.replace(sampler, settings=used)
-    videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
+    sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, **given))
+    if sampler.where:
+        ready = distributed.preflight(vars(args), checkpoint.versions(), sampler.where[1])
+        if jax.process_index() == 0:
+            print(ready, flush=True)
+    with distributed.peers():
+        videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
+    if jax.process_index() == 0:
+        write(out, videos, prompts, sampler, args)
+
+
+def write(out: Path, videos: np.ndarray, prompts: list[str], sampler: Sampler, args: argparse.Namespace) -> None:
+    """The mp4s, a contact sheet, and in sample.json what would make them again."""
     fps = sampler.experiment.config.data.fps
     files = [out / f"{i:03d}.mp4" for i in range(len(videos))]
     for file, clip in zip(files, videos, strict=True):
@@ -284,7 +297,7 @@ def main(argv: list[str]) -> None:
     ]
     record = (
         vars(args)
-        | dataclasses.asdict(used)
+        | dataclasses.asdict(sampler.settings)
         | {
             "frames": videos.shape[1],
             "size": list(videos.shape[2:4]),

@@ -23,8 +23,8 @@ TPUS = {
     "tpu7x": ("TPU7x", 3),
 }
 # Most of the TPU compiler's time goes into the code of each operation, of which a plan reads nothing, and once more for
-# each set of collectives that it joins into one. With less of that the bytes sent stay, and a program wants some
-# percent more memory, not less: benchmarks/README.md has the difference.
+# each set of collectives that it joins into one. With less of that the bytes sent stay, and memory is a few percent
+# more or less: benchmarks/README.md has the difference.
 QUICK = {
     "exec_time_optimization_effort": -1.0,
     "xla_jf_crs_combiner_threshold_count": 1,
