@@ -1,5 +1,6 @@
 """Several processes are one run: the same losses, one step saved on SIGTERM, exact resume after a kill, no hang."""
 
+import importlib
 import json
 import os
 import random
@@ -217,3 +218,12 @@ def test_several_processes_sample_the_videos_of_one(trained, tmp_path):
     for file in ("000.mp4", "001.mp4"):
         ours, theirs = (read_clip(tmp_path / name / file, 5, (16, 16), fps=8) for name in ("two", "one"))
         assert np.abs(ours.astype(int) - theirs).max() <= 3
+
+
+@pytest.mark.parametrize("module", ["encode", "evaluate"])
+def test_what_runs_in_one_process_is_refused_in_a_job(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VGJAX_COORDINATOR", "auto")
+    main = importlib.import_module(f"vgjax.{module}").main
+    with pytest.raises(SystemExit) as stopped:
+        main([module, "--checkpoint", str(tmp_path), *(["--data", "D", "--out", "O"] if module == "encode" else [])])
+    assert stopped.value.code == USER and f"vgjax.{module} runs in one process" in capsys.readouterr().err

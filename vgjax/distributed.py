@@ -49,6 +49,15 @@ def join() -> None:
     _initialize(where, int(count), int(own))
 
 
+def single(program: str) -> None:
+    """A `UserError` where a launcher started several processes of a program that is one."""
+    if os.environ.get(VARIABLES[0]):
+        raise UserError(
+            f"{program} runs in one process, but VGJAX_COORDINATOR says that this is one of a job: start it by itself, "
+            "on one machine that sees the shared disk"
+        )
+
+
 def _initialize(*where: Any) -> None:
     told = f"VGJAX_COORDINATOR={':'.join(map(str, where[:1])) or 'auto'}"
     try:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, experiment, program
+from vgjax import checkpoint, distributed, experiment, program
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Folder, Latents, LatentWriter
 from vgjax.data.transforms import BadFiles, names
@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", help="HxW, default: the VAE's training")
     parser.add_argument("--fps", type=float, help="default: the VAE's training")
     args = parser.parse_args(argv[1:])
+    distributed.single("vgjax.encode")
     config, frozen = experiment.frozen_vae(args.checkpoint)
     given = {"frames": args.frames, "size": program.size_of(args.size), "fps": args.fps}
     config.data.update({key: value for key, value in given.items() if value is not None})

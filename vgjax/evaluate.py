@@ -19,11 +19,10 @@ import numpy as np
 from einops import rearrange
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, experiment, program, sharding, video
+from vgjax import checkpoint, distributed, experiment, program, sharding, video
 from vgjax.data import shapes
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
-from vgjax.distributed import fetch
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
 from vgjax.log import Log, keep_until
@@ -57,7 +56,7 @@ def reconstruction(vae: Any, params: Params, clips: np.ndarray) -> tuple[np.ndar
         return out, psnr(from_uint8(out), from_uint8(clip)), ssim(from_uint8(out), from_uint8(clip))
 
     parts = [one(params, clips[i : i + 1]) for i in range(len(clips))]
-    out, decibel, similar = (np.concatenate([fetch(part[k]) for part in parts]) for k in range(3))
+    out, decibel, similar = (np.concatenate([distributed.fetch(part[k]) for part in parts]) for k in range(3))
     return out, {"psnr": float(decibel.mean()), "ssim": float(similar.mean())}
 
 
@@ -84,7 +83,7 @@ def losses(sampler: Sampler, clips: list[Example], per_bin: int = 2) -> dict[str
         values = []
         for j in range(per_bin):
             t, key = (i + (j + 0.5) / per_bin) / bins, jax.random.fold_in(jax.random.key(0), i * per_bin + j)
-            values += [fetch(at(sampler.params, group, t, key)) for group in groups]
+            values += [distributed.fetch(at(sampler.params, group, t, key)) for group in groups]
         table[f"loss/t{i}"] = float(np.concatenate(values).mean())
     table["loss"] = float(np.mean(list(table.values())))
     return table
@@ -106,9 +105,9 @@ def nearest(sampler: Sampler, source: Folder, per_clip: int = 4, windows: int = 
     latents, captions = [], []
     for record in range(len(source)):
         some, caption = zip(*(source.load(record, clip, rng) for _ in range(windows)), strict=True)
-        latents.append(fetch(encode({"video": np.stack(some)})))
+        latents.append(distributed.fetch(encode({"video": np.stack(some)})))
         captions.append(caption[0])
-    samples = fetch(sampler.latents([caption for caption in captions for _ in range(per_clip)], seed=seed))
+    samples = distributed.fetch(sampler.latents([caption for caption in captions for _ in range(per_clip)], seed=seed))
     distance = np.stack([[np.square(z - sample).mean((1, 2, 3, 4)).min() for z in latents] for sample in samples])
     found = rearrange(distance.argmin(-1), "(n k) -> n k", k=per_clip)
     names = [Path(source.name(record)).name for record in range(len(source))]
@@ -167,7 +166,7 @@ class Show:
         if self.flow:
             return {}
         mean, std = latent_stats(jnp.concatenate([self.encode(ema["vae"], batch["video"]) for batch in self.batches]))
-        return {"stats": [fetch(mean).tolist(), fetch(std).tolist()]}
+        return {"stats": [distributed.fetch(mean).tolist(), distributed.fetch(std).tolist()]}
 
     def images(self, number: int, ema: Params, count: int = 6) -> None:
         """Samples of held-out captions, or reconstructions under their originals, as a contact sheet."""
@@ -219,6 +218,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--weights", default="ema", choices=("ema", "params"))
     parser.add_argument("--out", help="JSON file, default: evaluation.json in the workdir")
     args = parser.parse_args(argv[1:])
+    distributed.single("vgjax.evaluate")
     workdir = checkpoint.workdir_of(args.checkpoint)
     tree, meta, number = checkpoint.load(args.checkpoint, items=(args.weights,))
     out = Path(args.out or workdir / "evaluation.json").absolute()

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -86,7 +87,10 @@ def main(argv: list[str]) -> None:
     for kind in kinds:
         layouts.named(kind)
     where = topology.find(args.topology, args.slices)
-    rows = [plan(config, kind, where, args) for kind in kinds]
+    rows = []
+    for kind in kinds:
+        rows.append(plan(config, kind, where, args))
+        print(f"{kind}: {rows[-1].compile_seconds:.0f} s of compiling", file=sys.stderr, flush=True)
     print("\n".join(table(rows, config, where, args)))
     if args.out:
         write(program.workdir(args.out), rows, config, where, args)

@@ -21,7 +21,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vgjax import checkpoint, distributed, experiment, layouts, program, sharding, video
-from vgjax.distributed import fetch
 from vgjax.errors import UserError, door
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import sample_keys
@@ -92,8 +91,8 @@ class Sampler:
     def _decoded(self, z: Array, tile: int) -> np.ndarray:
         vae, params, stats = self.experiment.vae, self.frozen["vae"], self.frozen["stats"]
         if not tile or tile >= max(z.shape[2:4]):
-            return fetch(_decode(vae, params, stats, z))
-        return fetch(to_uint8(decode_tiled(vae, params, from_unit(z, stats), tile, tile // 2)))
+            return distributed.fetch(_decode(vae, params, stats, z))
+        return distributed.fetch(to_uint8(decode_tiled(vae, params, from_unit(z, stats), tile, tile // 2)))
 
     def _here(self) -> contextlib.AbstractContextManager:
         return sharding.use(*self.where) if self.where else contextlib.nullcontext()
@@ -194,7 +193,7 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     if alone:
         return Sampler(built, tree[weights], frozen, settings_of(config), step=step)
     where = layouts.find(config.layout.kind, devices)
-    params = jax.device_put(tree[weights], sharding.shardings(needed, *where))
+    params = sharding.put(tree[weights], sharding.shardings(needed, *where))
     return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where, step)
 
 

@@ -157,14 +157,20 @@ def place(batch: PyTree, layout: Any, mesh: Mesh, total: int = 0) -> PyTree:
     return jax.tree.map(one, batch)
 
 
+def put(tree: PyTree, where: PyTree) -> PyTree:
+    """The tree, which every process holds, as global arrays of these shardings."""
+
+    def one(leaf: Any, at: NamedSharding) -> Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, at, lambda index: host[index])
+
+    return jax.tree.map(one, tree, where)
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """The tree, which every process holds, whole on every device of all processes."""
-
-    def one(leaf: Any) -> Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, NamedSharding(mesh, PartitionSpec()), lambda index: host[index])
-
-    return jax.tree.map(one, tree)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return put(tree, jax.tree.map(lambda _: everywhere, tree))
 
 
 def unboxed(tree: PyTree) -> PyTree:
