@@ -86,6 +86,15 @@ def test_the_compiler_knows_every_gpu_flag():
     assert ran.returncode == 0, ran.stderr
 
 
+def test_the_compiler_knows_every_tpu_flag():
+    flags = " ".join(value for _, name, value, _ in FLAGS if name == "LIBTPU_INIT_ARGS")
+    code = "from vgjax import topology; topology.environment(); print(len(topology.find('v5e:2x2').devices))"
+    for asked, knows in ((flags, True), (flags + " --xla_tpu_no_such_flag=true", False)):
+        environment = os.environ | {"LIBTPU_INIT_ARGS": asked}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (ran.returncode == 0 and "nknown command line flag" not in ran.stderr) == knows, ran.stderr
+
+
 # A stand-in for a training: what process 0 does at its n-th start is told by argument n.
 MODULE = """
 import os, pathlib, signal, sys, time

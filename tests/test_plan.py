@@ -42,6 +42,9 @@ def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
     ]
     chosen, why = plan.best(rows)
     assert chosen.layout == "fsdp" and "1.60x those of tp" in why and "bound by network" in why
+    rows = [row(kind, tokens_per_second=8.0, network_seconds=more) for kind, more in (("fsdp", 0.3), ("hsdp", 0.2))]
+    chosen, why = plan.best(rows)
+    assert chosen.layout == "hsdp" and "as many as fsdp" in why
     nothing, why = plan.best([row("dp", fits=False, needed=40.0 * plan.GIB)])
     assert nothing is None and "needs 40.0 GiB" in why
 

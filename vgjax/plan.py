@@ -347,9 +347,14 @@ def measured(row: Row, done: Any, job: Job, mesh: Mesh, where: Topology) -> Row:
     )
 
 
+def rank(row: Row) -> tuple[bool, float, float]:
+    """The best first: what fits, the most tokens a second; of equals what overlaps less that may not overlap wholly."""
+    return not row.fits, -float(f"{row.tokens_per_second:.3g}"), row.memory_seconds + row.network_seconds
+
+
 def best(rows: list[Row]) -> tuple[Row | None, str]:
     """The layout to take, and why."""
-    fitting = sorted((row for row in rows if row.fits), key=lambda row: -row.tokens_per_second)
+    fitting = sorted((row for row in rows if row.fits), key=rank)
     if not fitting:
         small = min((row for row in rows if row.needed), key=lambda row: row.needed, default=None)
         what = f"; the smallest, {small.layout}, needs {small.needed / GIB:.1f} GiB" if small else ""
@@ -357,11 +362,12 @@ def best(rows: list[Row]) -> tuple[Row | None, str]:
     first = fitting[0]
     times = {"arithmetic": first.compute_seconds, "memory": first.memory_seconds, "network": first.network_seconds}
     bound = max(times, key=lambda name: times[name])
-    than = (
-        f", {first.tokens_per_second / fitting[1].tokens_per_second:.2f}x those of {fitting[1].layout}"
-        if fitting[1:]
-        else ""
-    )
+    than = ""
+    if fitting[1:]:
+        second = fitting[1]
+        than = f", {first.tokens_per_second / second.tokens_per_second:.2f}x those of {second.layout}"
+        if rank(first)[:2] == rank(second)[:2]:
+            than = f", as many as {second.layout}, with less memory and network traffic beside the arithmetic"
     return first, f"{first.layout}: the most tokens a second of those that fit{than}; bound by {bound}"
 
 
@@ -375,7 +381,7 @@ def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.N
         f"{'layout':9} {'mesh':12} {'batch':>6} {'GiB':>6} {'params':>6} {'optim':>6} {'activ':>6} | {'TFLOP':>8} "
         f"{'sent GiB':>8} | {'compute':>8} {'memory':>8} {'network':>8} | {'step s':>7} {'MFU':>5} {'tokens/s':>9}",
     ]
-    for row in sorted(rows, key=lambda row: (not row.fits, -row.tokens_per_second)):
+    for row in sorted(rows, key=rank):
         sizes = "x".join(str(size) for size in row.mesh.values())
         gib = [f"{size / GIB:6.1f}" for size in (row.needed, row.params, row.optimizer, row.activations)]
         if not row.step_seconds:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vgjax.attention.full import Full
-from vgjax.attention.segments import Segments, padding
+from vgjax.attention.segments import among
 from vgjax.errors import UserError
 from vgjax.nn import rope
 from vgjax.nn.heads import QKV, Merge
@@ -56,7 +56,7 @@ class TextEncoder(nn.Module):
         x = shard(jnp.sum(table[ids], axis=2).astype(self.dtype), "batch", "text", None)
         turn = rope.rotation(jnp.arange(ids.shape[1])[None, :, None], (self.dim // self.heads,), THETA)
         block = partial(TextBlock, self.heads, int(self.mlp_ratio * self.dim), self.attention, self.dtype)
-        x = Stack(block, self.blocks, self.remat, self.scan, name="blocks")(x, turn, padding(mask))
+        x = Stack(block, self.blocks, self.remat, self.scan, name="blocks")(x, turn, mask.astype(jnp.int32))
         x = RMSNorm(dtype=self.dtype, name="norm")(x) * mask[:, :, None]
         mean = jnp.sum(x.astype(jnp.float32), axis=1) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         return x, Linear(self.pooled, ("embed", None), name="pool")(mean)
@@ -71,9 +71,11 @@ class TextBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b m d"], turn: rope.Rotation, segments: Segments) -> Float[Array, "b m d"]:
+    def __call__(
+        self, x: Float[Array, "b m d"], turn: rope.Rotation, samples: Int[Array, "b m"]
+    ) -> Float[Array, "b m d"]:
         q, k, v = QKV(self.heads, dtype=self.dtype, name="qkv")(RMSNorm(dtype=self.dtype, name="norm")(x))
-        o = self.attention(rope.rotate(q, turn), rope.rotate(k, turn), v, segments)
+        o = self.attention(rope.rotate(q, turn), rope.rotate(k, turn), v, among(samples))
         x = x + Merge(x.shape[-1], dtype=self.dtype, name="merge")(o)
         x = x + MLP(self.inner, dtype=self.dtype, name="mlp")(RMSNorm(dtype=self.dtype, name="norm_mlp")(x))
         return shard(x, "batch", "text", None)
