@@ -415,7 +415,7 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
         "slices": args.slices,
         "devices": len(where.devices),
         "job": args.job,
-        "config": config.to_dict(),
+        "config": {name: part for name, part in config.to_dict().items() if name not in ("vae", "latents")},
         "rows": [dataclasses.asdict(row) for row in rows],
         "best": chosen.layout if chosen else None,
         "reason": why,
