@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from vgjax import flops
@@ -135,3 +136,11 @@ def test_peak_is_that_of_one_device_and_none_where_it_is_unknown():
     assert flops.peak("TPU v4", jnp.float32) == 275e12
     assert flops.peak("cpu", jnp.float32) is None and flops.peak("TPU v4", jnp.int8) is None
     assert flops.peak(jax.devices("cpu")[0].device_kind) is None
+
+
+@pytest.mark.parametrize("saved,matmuls", [("product", 2), ("nothing", 3)])
+def test_what_a_rematerialized_block_saved_is_not_counted_again(saved, matmuls):
+    w = jnp.ones((16, 16))
+    policy = jax.checkpoint_policies.save_only_these_names(saved)
+    block = jax.checkpoint(lambda x: jnp.sin(checkpoint_name(x @ w, "product")), policy=policy)
+    assert flops.count(jax.grad(lambda x: jnp.sum(block(x))), jnp.ones((8, 16))) == matmuls * 2 * 8 * 16 * 16

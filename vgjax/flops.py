@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 from vgjax import chips
 
@@ -64,10 +65,19 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
 
 
 def traced(jaxpr: Any) -> float:
-    """The same of a function that was traced already: `jax.jit(fn).trace(*args).jaxpr.jaxpr`."""
+    """The same of a function that was traced already: `jax.jit(fn).trace(*args).jaxpr.jaxpr`.
+
+    What nobody reads is not counted, as it is not compiled: the backward pass of a rematerialized block holds all of
+    its forward pass at first, with what was saved.
+    """
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _sum(live)
+
+
+def _sum(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        kind, inner = eqn.primitive.name, [traced(sub) for sub in _inner(eqn)]
+        kind, inner = eqn.primitive.name, [_sum(sub) for sub in _inner(eqn)]
         if kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
