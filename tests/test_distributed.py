@@ -191,11 +191,17 @@ def test_whatever_differs_between_processes_is_named_before_the_first_step(monke
         other[row] += 1
         return np.stack([own, other])
 
+    _, mesh = layouts.find("dp", 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
-    _, mesh = layouts.find("dp", 1)
     with pytest.raises(UserError, match=f"process 1 has another {part} than process 0"):
         distributed.preflight({"seed": 0}, {"jax": "0"}, mesh)
+
+
+def test_a_layout_that_leaves_a_process_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="leaves some of the 2 processes without a device"):
+        layouts.find("dp", 1)
 
 
 def test_a_job_without_latents_says_how_to_make_them(prepared):
