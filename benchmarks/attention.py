@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from record import write
 
 from vgjax.attention.full import Full
-from vgjax.attention.segments import padding
+from vgjax.attention.segments import among
 from vgjax.sharding import platform
 
 ROUNDS = 7
@@ -39,7 +39,7 @@ def measure(name: str, b: int, n: int, h: int, k: int) -> dict:
     dtype = jnp.float32 if platform() == "cpu" else jnp.bfloat16
     *qkv, target = jax.random.normal(jax.random.key(0), (4, b, n, h, k), dtype)
     # A tenth of the tokens of each sample is padding, as with captions.
-    segments = padding(jnp.broadcast_to(jnp.arange(n) < n - n // 10, (b, n)))
+    segments = among(jnp.broadcast_to(jnp.arange(n) < n - n // 10, (b, n)).astype(jnp.int32))
     programs = {
         f"{label} {part}": program(attention, part, target)
         for label, attention in (("before", before), ("after", Full()))

@@ -106,6 +106,12 @@ def _first(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
+def say(text: str) -> None:
+    """Prints for the whole job: process 0 does."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:
     """One line on devices, mesh and versions; UserError where a process has other code or config than the first."""
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}

@@ -101,9 +101,10 @@ class Program:
             for op in inside.values():
                 if op.kind in COLLECTIVES:
                     chain = re.search(r'chain_id="(\d+)"', op.rest)
-                    if chain and chain[1] in chains:
-                        continue
-                    chains.update(chain.groups() if chain else ())
+                    if chain:
+                        if chain[1] in chains:
+                            continue
+                        chains.add(chain[1])
                     kind = "reduce-scatter" if op.kind == "all-reduce" and "reduce-scatter" in name else op.kind
                     yield _collective(kind, op, inside, times)
 

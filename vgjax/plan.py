@@ -181,9 +181,10 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     with sharding.use(layout, mesh):
         job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
         row = dataclasses.replace(row, **memory_of_state(job))
-        done = attempt(row, job, {} if args.exact else where.quick, mesh, where)
+        quick = {} if args.exact else where.quick
+        done = attempt(row, job, quick, mesh, where)
         unsure = not done.needed or CLOSE[0] < done.needed / done.available < CLOSE[1]
-        if unsure and where.quick and not args.exact:
+        if quick and unsure:
             done = attempt(row, job, {}, mesh, where)
     return dataclasses.replace(done, compile_seconds=time.perf_counter() - start)
 
@@ -415,7 +416,7 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
         "slices": args.slices,
         "devices": len(where.devices),
         "job": args.job,
-        "config": {name: part for name, part in config.to_dict().items() if name not in ("vae", "latents")},
+        "config": {name: part for name, part in config.to_dict().items() if name not in ("vae", "latents")},  # not read
         "rows": [dataclasses.asdict(row) for row in rows],
         "best": chosen.layout if chosen else None,
         "reason": why,

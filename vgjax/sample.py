@@ -273,9 +273,7 @@ def main(argv: list[str]) -> None:
     given = {"batch": min(len(prompts), sampler.settings.batch), **given}
     sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, **given))
     if sampler.where:
-        ready = distributed.preflight(vars(args), checkpoint.versions(), sampler.where[1])
-        if jax.process_index() == 0:
-            print(ready, flush=True)
+        distributed.say(distributed.preflight(vars(args), checkpoint.versions(), sampler.where[1]))
     with distributed.peers():
         videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
     if jax.process_index() == 0:

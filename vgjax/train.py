@@ -91,18 +91,16 @@ def main(argv: list[str]) -> None:
     config, defaults, folder = program.read_config(argv, USAGE)
     workdir = program.workdir(folder)
     changed = experiment.difference(config, defaults)
-    if jax.process_index() == 0:
-        print(
-            "\n".join(["config, as changed from the file:", *changed] if changed else ["config: the file's defaults"])
-        )
+    distributed.say(
+        "\n".join(["config, as changed from the file:", *changed] if changed else ["config: the file's defaults"])
+    )
     config = experiment.resolve(config, workdir)
     plan = experiment.call("config.train", Schedule, config.train)
     layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
     ready = distributed.preflight(config.to_dict(), checkpoint.versions(), mesh)
     of_vae, frozen = experiment.own_vae(config.vae, workdir) if config.objective.get("kind") == "flow" else (None, {})
     built = experiment.build(config, of_vae)
-    if jax.process_index() == 0:
-        print(ready, flush=True)
+    distributed.say(ready)
     held = alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with sharding.use(layout, mesh), held, distributed.peers():
         check(built, plan)
@@ -187,8 +185,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
     digest = checkpoint.digest(now)  # all processes: it gathers
-    if jax.process_index() == 0:
-        print(f"done: step {int(now.step)}, state digest {digest}")
+    distributed.say(f"done: step {int(now.step)}, state digest {digest}")
 
 
 def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> state.TrainState:

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from vgjax.attention import full
 from vgjax.attention.full import Full
-from vgjax.attention.segments import Segments, padding
+from vgjax.attention.segments import Segments, among
 
 FORMS = {
     "batched": full._batched,
@@ -155,6 +155,6 @@ def test_huge_scores_stay_finite():
 def test_padding_is_seen_by_nobody():
     mask = jnp.arange(N)[None] < jnp.array([[N], [4]])
     q, _, _ = inputs()
-    o = Full()(q, q, q, padding(mask))
+    o = Full()(q, q, q, among(mask.astype(jnp.int32)))
     np.testing.assert_allclose(o[1:, :4], Full()(q[1:, :4], q[1:, :4], q[1:, :4]), atol=1e-5)
     np.testing.assert_array_equal(o[1, 4:], 0)

@@ -33,11 +33,6 @@ def among(ids: Int[Array, "b n"]) -> Segments:
     return Segments(ids, ids)
 
 
-def padding(mask: Bool[Array, "b n"]) -> Segments:
-    """Self-attention among the tokens that `mask` keeps."""
-    return among(mask.astype(jnp.int32))
-
-
 def everyone(b: int, n: int, m: int) -> Segments:
     """All `n` queries of a sample see all its `m` keys: what padding, with its 0, is told from."""
     return Segments(jnp.ones((b, n), jnp.int32), jnp.ones((b, m), jnp.int32))
