@@ -1,5 +1,6 @@
 """The launchers are sound shell and YAML, restart on the documented exit codes, and pass a stop on."""
 
+import hashlib
 import os
 import re
 import signal
@@ -8,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from conftest import ROOT
@@ -25,16 +28,76 @@ def test_a_script_is_sound(script):
     assert checked.returncode == 0, checked.stdout
 
 
-def test_the_jobset_restarts_all_but_what_a_restart_cannot_mend():
-    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+JOBSET = {  # what stands around the jobs; their own schema is that of Kubernetes
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "maxRestarts": {"type": "integer"},
+                        "rules": {
+                            "items": {
+                                "additionalProperties": False,
+                                "required": ["action", "name"],
+                                "properties": {
+                                    "name": {"pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+                                    "action": {
+                                        "enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+                                    },
+                                    "onJobFailureReasons": {"items": {"type": "string"}},
+                                },
+                            }
+                        },
+                    },
+                },
+                "replicatedJobs": {
+                    "items": {
+                        "additionalProperties": False,
+                        "required": ["name", "template"],
+                        "properties": {
+                            "name": {"type": "string"},
+                            "replicas": {"type": "integer"},
+                            "template": {"type": "object", "required": ["spec"]},
+                        },
+                    }
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def jobset():
+    return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+
+def test_the_jobset_keeps_to_the_schemas(jobset):
+    jsonschema.validate(jobset, JOBSET)
+    (job,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"], **job["template"]}
+    kubernetes_validate.validate(job, "1.31", strict=True)
+    job["spec"]["template"]["spec"]["terminationGracePeriod"] = 120
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.31", strict=True)
+
+
+def test_the_jobset_restarts_all_but_what_a_restart_cannot_mend(jobset):
     (job,) = jobset["spec"]["replicatedJobs"]
     of_job = job["template"]["spec"]
     assert of_job["parallelism"] == of_job["completions"]
     (rule,) = of_job["podFailurePolicy"]["rules"]
     pod = of_job["template"]["spec"]
     (container,) = pod["containers"]
-    assert pod["restartPolicy"] == "Never"
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert set(rule["onExitCodes"]["values"]) == {CRASH, USER, DIVERGED, STORAGE}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -102,6 +165,8 @@ folder, *acts = sys.argv[1:]
 own = os.environ["VGJAX_PROCESS"]
 (pathlib.Path(folder) / f"{own}-{os.getpid()}").write_text("")
 start = len(list(pathlib.Path(folder).glob(f"{own}-*")))
+while len(list(pathlib.Path(folder).glob(f"{1 - int(own)}-*"))) < start:
+    time.sleep(0.02)
 act = acts[start - 1] if own == "0" else "wait"
 print(f"start {start} of {os.environ['VGJAX_PROCESSES']}", flush=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -160,3 +225,71 @@ def test_a_local_job_passes_sigterm_on_and_says_that_it_was_preempted(local):
     time.sleep(0.2)  # the handler is set after the line
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == PREEMPTED
+
+
+# Two hosts on this machine: each has a home of its own; a shell on all ends with the first host that fails.
+GCLOUD = """#!/usr/bin/env bash
+[ "$4" = ssh ] || exit 0
+command="${*: -1}"
+for i in 0 1; do
+  mkdir -p "$HOSTS/$i"
+  HOME="$HOSTS/$i" VGJAX_PROCESS=$i VGJAX_PROCESSES=2 bash -c "${command#--command=}" &
+done
+wait -n && wait -n
+"""
+GIT = """#!/usr/bin/env bash
+case $1 in
+  rev-parse) echo "$COMMIT" ;;
+  archive) tar -czf "/tmp/vgjax-$COMMIT.tar.gz" --transform "s,^,vgjax-$COMMIT/," launch pyproject.toml ;;
+esac
+"""
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """Starts launch/tpu_vm.sh on two stand-ins for hosts, on which vgjax is installed."""
+    for name, script in {"gcloud": GCLOUD, "git": GIT, "venv/bin/activate": "", "python": ""}.items():
+        file = tmp_path / ("bin/" * ("/" not in name) + name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(script or f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+        file.chmod(0o755)
+    (tmp_path / "venv/bin/activate").write_text("")
+    (tmp_path / "venv/bin/python").symlink_to(tmp_path / "bin/python")
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()[:16]
+    for kind in ("cpu", "cuda", "tpu"):
+        (tmp_path / f"venv/.vgjax-{kind}-{digest}").touch()
+    (tmp_path / "standin.py").write_text(MODULE)
+    (tmp_path / "runs").mkdir()
+    commit = hashlib.sha256(str(tmp_path).encode()).hexdigest()[:12]
+    own = {"TPU": "pod", "ZONE": "zone", "PAUSE": "0", "HOSTS": str(tmp_path / "hosts"), "COMMIT": commit}
+    own |= {"VGJAX_VENV": str(tmp_path / "venv"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    own |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    def start(*acts):
+        command = ["bash", LAUNCH / "tpu_vm.sh", "standin", tmp_path / "runs", *acts]
+        return subprocess.Popen(
+            command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    yield start
+    Path(f"/tmp/vgjax-{commit}.tar.gz").unlink(missing_ok=True)
+
+
+def test_a_pod_is_started_again_on_all_hosts_and_none_lives_twice(pod, tmp_path):
+    job = pod("kill", "done")
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, said
+    assert said.count("starting all hosts again") == 1 and said.count("start 2 of 2") == 2
+    assert len(list((tmp_path / "runs").glob("[01]-*"))) == 4
+    alive = [Path(f"/proc/{file.name[2:]}/cmdline") for file in (tmp_path / "runs").glob("[01]-*")]
+    assert not [file for file in alive if file.exists() and file.read_bytes()]  # one that nobody waits for has no words
+
+
+def test_a_pod_hears_sigterm_on_all_hosts_and_is_not_started_again(pod):
+    job = pod("wait")
+    said = [job.stdout.readline() for _ in range(2)]
+    assert all("start 1 of 2" in line for line in said), said
+    time.sleep(0.2)  # the handler is set after the line
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == PREEMPTED
+    assert "again" not in job.stdout.read()
