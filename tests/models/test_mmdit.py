@@ -6,13 +6,13 @@ import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 from einops import rearrange
 
 from vgjax.errors import UserError
-from vgjax.models.mmdit import SIZES, MMDiT
+from vgjax.models.mmdit import SIZES, MMDiT, weights
 from vgjax.nn import patch
-from vgjax.nn.rope import interleaved
 
 TINY = dict(dim=24, heads=2, double_blocks=2, single_blocks=2, channels=3, text_dim=10, pooled_dim=6, refiner_blocks=2)
 MODEL = MMDiT(**TINY, guidance=True)
@@ -180,104 +180,7 @@ def test_equals_diffusers_hunyuan_video_with_the_same_weights():
     with torch.no_grad():
         given = (torch.tensor(np.asarray(a)) for a in (x_theirs, 1000 * rest[0], *rest[1:], 1000 * guidance))
         expected = theirs(*given).sample
-    weights = {name: weight.numpy() for name, weight in theirs.state_dict().items()}
     model = MODEL.clone(rope_dims=(4, 4, 4))
-    v = jax.jit(model.apply)({"params": from_diffusers(weights, heads=2)}, *inputs())
+    v = jax.jit(model.apply)({"params": parity.load(weights(model), model, theirs, *inputs())}, *inputs())
     np.testing.assert_allclose(v, rearrange(expected.numpy(), "b c t h w -> b t h w c"), atol=1e-4)
     assert np.std(v) > 0.1
-
-
-def from_diffusers(weights, heads, double=2, single=2, refiner=2):
-    """Our tree from the names of diffusers: kernels transposed, q and k brought from channel pairs to halves."""
-
-    def linear(name):
-        return {"kernel": weights[f"{name}.weight"].T, "bias": weights[f"{name}.bias"]}
-
-    def mlp(up, down):
-        return {"up": linear(up), "down": linear(down)}
-
-    def embedder(name):
-        return mlp(f"{name}.linear_1", f"{name}.linear_2")
-
-    def modulation(name):
-        return {"linear": linear(name)}
-
-    def qkv(prefix, names=("to_q", "to_k", "to_v"), norms=("norm_q", "norm_k"), halves=True):
-        kernels = [rearrange(weights[f"{prefix}.{n}.weight"], "(h k) d -> d h k", h=heads) for n in names]
-        biases = [rearrange(weights[f"{prefix}.{n}.bias"], "(h k) -> h k", h=heads) for n in names]
-        order = interleaved(biases[0].shape[-1]) if halves else slice(None)
-        kernels[:2], biases[:2] = [a[..., order] for a in kernels[:2]], [a[..., order] for a in biases[:2]]
-        scales = [{"scale": weights[f"{prefix}.{n}.weight"][order]} for n in norms]
-        return {"kernel": np.stack(kernels), "bias": np.stack(biases)} | dict(
-            zip(("norm_q", "norm_k"), scales, strict=False)
-        )
-
-    def merge(name):
-        w = linear(name)
-        return {"kernel": rearrange(w["kernel"], "(h k) d -> h k d", h=heads), "bias": w["bias"]}
-
-    def affine(name):
-        return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
-
-    def double_block(p):
-        added = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-        return {
-            "video": {
-                "modulation": modulation(f"{p}.norm1.linear"),
-                "qkv": qkv(f"{p}.attn"),
-                "merge": merge(f"{p}.attn.to_out.0"),
-                "mlp": mlp(f"{p}.ff.net.0.proj", f"{p}.ff.net.2"),
-            },
-            "text": {
-                "modulation": modulation(f"{p}.norm1_context.linear"),
-                "qkv": qkv(f"{p}.attn", *added),
-                "merge": merge(f"{p}.attn.to_add_out"),
-                "mlp": mlp(f"{p}.ff_context.net.0.proj", f"{p}.ff_context.net.2"),
-            },
-        }
-
-    def single_block(p):
-        out = linear(f"{p}.proj_out")
-        width = len(out["bias"])
-        return {
-            "modulation": modulation(f"{p}.norm.linear"),
-            "qkv": qkv(f"{p}.attn"),
-            "merge": {"kernel": rearrange(out["kernel"][:width], "(h k) d -> h k d", h=heads)},
-            "mlp": {"up": linear(f"{p}.proj_mlp"), "down": {"kernel": out["kernel"][width:], "bias": out["bias"]}},
-        }
-
-    def refiner_block(p):
-        return {
-            "norm": affine(f"{p}.norm1"),
-            "qkv": qkv(f"{p}.attn", norms=(), halves=False),
-            "merge": merge(f"{p}.attn.to_out.0"),
-            "norm_mlp": affine(f"{p}.norm2"),
-            "mlp": mlp(f"{p}.ff.net.0.proj", f"{p}.ff.net.2"),
-            "modulation": modulation(f"{p}.norm_out.linear"),
-        }
-
-    def layers(block, prefix, length):
-        return {"block": jax.tree.map(lambda *a: np.stack(a), *(block(f"{prefix}.{i}") for i in range(length)))}
-
-    patches = weights["x_embedder.proj.weight"]
-    out = {name: np.split(a, 2, axis=-1) for name, a in linear("norm_out.linear").items()}  # theirs: scale, shift
-    velocity = {
-        name: rearrange(a, "... (c p q r) -> ... (p q r c)", p=1, q=2, r=2) for name, a in linear("proj_out").items()
-    }
-    text = "context_embedder"
-    return {
-        "patches": {"kernel": rearrange(patches, "d c p q r -> (p q r c) d"), "bias": weights["x_embedder.proj.bias"]},
-        "time": {"mlp": embedder("time_text_embed.timestep_embedder")},
-        "pooled": embedder("time_text_embed.text_embedder"),
-        "guidance": {"mlp": embedder("time_text_embed.guidance_embedder")},
-        "refiner": {
-            "tokens": linear(f"{text}.proj_in"),
-            "time": {"mlp": embedder(f"{text}.time_text_embed.timestep_embedder")},
-            "pooled": embedder(f"{text}.time_text_embed.text_embedder"),
-            "blocks": layers(refiner_block, f"{text}.token_refiner.refiner_blocks", refiner),
-        },
-        "double": layers(double_block, "transformer_blocks", double),
-        "single": layers(single_block, "single_transformer_blocks", single),
-        "modulation": {"linear": {name: np.concatenate(a[::-1], axis=-1) for name, a in out.items()}},
-        "velocity": velocity,
-    }

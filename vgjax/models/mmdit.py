@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vgjax.attention.full import Full
@@ -28,6 +29,7 @@ from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.weights import Joined, Part, Table, linear, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": dict(
@@ -304,3 +306,90 @@ def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, s
 
 def _embed(dim: int, name: str) -> MLP:
     return MLP(dim, dim, act=jax.nn.silu, name=name)
+
+
+def weights(model: MMDiT) -> Table:
+    """The tensors of diffusers' HunyuanVideoTransformer3DModel."""
+    table = {
+        "x_embedder.proj.weight": _patches(model, "patches/kernel", "(p q r c) d -> d c p q r"),
+        "x_embedder.proj.bias": Part("patches/bias"),
+        "proj_out.weight": _patches(model, "velocity/kernel", "d (p q r c) -> (c p q r) d"),
+        "proj_out.bias": _patches(model, "velocity/bias", "(p q r c) -> (c p q r)"),
+    }
+    swapped: Any = dict(order=("s", lambda n: np.arange(n)[::-1]), sizes=(("s", 2),))  # theirs: scale, then shift
+    table["norm_out.linear.weight"] = Part("modulation/linear/kernel", "d (s e) -> (s e) d", **swapped)
+    table["norm_out.linear.bias"] = Part("modulation/linear/bias", "(s e) -> (s e)", **swapped)
+    table |= _of_mlp("time_text_embed.timestep_embedder.linear_{}", "time/mlp")
+    table |= _of_mlp("time_text_embed.text_embedder.linear_{}", "pooled")
+    if model.guidance:
+        table |= _of_mlp("time_text_embed.guidance_embedder.linear_{}", "guidance/mlp")
+    table |= linear("context_embedder.proj_in", "refiner/tokens")
+    if model.refiner_blocks:
+        table |= _of_mlp("context_embedder.time_text_embed.timestep_embedder.linear_{}", "refiner/time/mlp")
+        table |= _of_mlp("context_embedder.time_text_embed.text_embedder.linear_{}", "refiner/pooled")
+        table |= _of_refiner("context_embedder.token_refiner.refiner_blocks.{}", "refiner/blocks/block")
+    if model.double_blocks:
+        table |= _of_double("transformer_blocks.{}", "double/block")
+    if model.single_blocks:
+        table |= _of_single("single_transformer_blocks.{}", "single/block")
+    return table
+
+
+def _patches(model: MMDiT, leaf: str, dims: str) -> Part:
+    return Part(leaf, dims, sizes=tuple(zip("pqr", model.patch, strict=True)))
+
+
+def _of_mlp(theirs: str, ours: str, ends: tuple[str, str] = ("1", "2")) -> Table:
+    up, down = (theirs.replace("{}", end) for end in ends)
+    return linear(up, f"{ours}/up") | linear(down, f"{ours}/down")
+
+
+def _of_qkv(theirs: str, ours: str, names: tuple[str, str, str], norms: tuple[str, str] | None, turned: bool) -> Table:
+    table: Table = {}
+    for at, name in enumerate(names):
+        order = ("k", rope.interleaved) if turned and at < 2 else None
+        table[f"{theirs}.{name}.weight"] = Part(f"{ours}/kernel", "d h k -> (h k) d", at, order)
+        table[f"{theirs}.{name}.bias"] = Part(f"{ours}/bias", "h k -> (h k)", at, order)
+    for name, own in zip(norms or (), ("norm_q", "norm_k"), strict=False):
+        table[f"{theirs}.{name}.weight"] = Part(f"{ours}/{own}/scale", "k -> k", order=("k", rope.interleaved))
+    return table
+
+
+def _of_merge(theirs: str, ours: str) -> Table:
+    return {f"{theirs}.weight": Part(f"{ours}/kernel", "h k d -> d (h k)"), f"{theirs}.bias": Part(f"{ours}/bias")}
+
+
+def _of_double(theirs: str, ours: str) -> Table:
+    own, added = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    table = linear(f"{theirs}.norm1.linear", f"{ours}/video/modulation/linear")
+    table |= linear(f"{theirs}.norm1_context.linear", f"{ours}/text/modulation/linear")
+    table |= _of_qkv(f"{theirs}.attn", f"{ours}/video/qkv", own, ("norm_q", "norm_k"), turned=True)
+    table |= _of_qkv(f"{theirs}.attn", f"{ours}/text/qkv", added, ("norm_added_q", "norm_added_k"), turned=True)
+    table |= _of_merge(f"{theirs}.attn.to_out.0", f"{ours}/video/merge")
+    table |= _of_merge(f"{theirs}.attn.to_add_out", f"{ours}/text/merge")
+    for name, stream in (("ff", "video"), ("ff_context", "text")):
+        table |= linear(f"{theirs}.{name}.net.0.proj", f"{ours}/{stream}/mlp/up")
+        table |= linear(f"{theirs}.{name}.net.2", f"{ours}/{stream}/mlp/down")
+    return table
+
+
+def _of_single(theirs: str, ours: str) -> Table:
+    out = Part(f"{ours}/merge/kernel", "h k d -> d (h k)"), Part(f"{ours}/mlp/down/kernel", "i d -> d i")
+    table = linear(f"{theirs}.norm.linear", f"{ours}/modulation/linear") | linear(
+        f"{theirs}.proj_mlp", f"{ours}/mlp/up"
+    )
+    table |= _of_qkv(f"{theirs}.attn", f"{ours}/qkv", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), turned=True)
+    return table | {
+        f"{theirs}.proj_out.weight": Joined(out, 1),
+        f"{theirs}.proj_out.bias": Part(f"{ours}/mlp/down/bias"),
+    }
+
+
+def _of_refiner(theirs: str, ours: str) -> Table:
+    table = norm(f"{theirs}.norm1", f"{ours}/norm") | norm(f"{theirs}.norm2", f"{ours}/norm_mlp")
+    table |= linear(f"{theirs}.norm_out.linear", f"{ours}/modulation/linear")
+    table |= _of_qkv(f"{theirs}.attn", f"{ours}/qkv", ("to_q", "to_k", "to_v"), None, turned=False)
+    table |= _of_merge(f"{theirs}.attn.to_out.0", f"{ours}/merge")
+    return (
+        table | linear(f"{theirs}.ff.net.0.proj", f"{ours}/mlp/up") | linear(f"{theirs}.ff.net.2", f"{ours}/mlp/down")
+    )

@@ -1,0 +1,41 @@
+"""The same weights in a torch reference and in ours, and how near two outputs must be."""
+
+import jax
+import numpy as np
+
+from vgjax import weights
+from vgjax.sharding import unboxed
+
+
+def randomised(module, seed=0, size=0.1):
+    """A torch module in eval mode whose every parameter is moved at random, zeros included."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += size * torch.randn(parameter.shape)
+    return module.eval()
+
+
+def load(table, model, theirs, *inputs, ignored=(), **kwargs):
+    """Our parameters, by the weight table, from a torch module's; the table is checked in both directions."""
+    wanted = unboxed(jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **kwargs)["params"]))
+    tensors = {name: tensor.detach().numpy() for name, tensor in theirs.state_dict().items()}
+    given = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
+    assert not weights.uncovered(table, wanted)
+    assert not weights.mismatches(table, wanted, given, ignored)
+    params = weights.load(table, wanted, tensors.__getitem__)
+    for name, tensor in weights.export(table, params):
+        np.testing.assert_array_equal(tensor, tensors[name])
+    return params
+
+
+def near(ours, theirs, largest=1e-4, mean=1e-5):
+    """Maximum and mean error, of the scale (standard deviation) of what the reference says."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    error, scale = np.abs(ours - theirs), np.std(theirs)
+    assert scale > 0 and np.isfinite(ours).all()
+    assert error.max() <= largest * scale, f"largest error {error.max() / scale:.2e} of the scale"
+    assert error.mean() <= mean * scale, f"mean error {error.mean() / scale:.2e} of the scale"
