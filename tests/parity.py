@@ -39,3 +39,14 @@ def near(ours, theirs, largest=1e-4, mean=1e-5):
     assert scale > 0 and np.isfinite(ours).all()
     assert error.max() <= largest * scale, f"largest error {error.max() / scale:.2e} of the scale"
     assert error.mean() <= mean * scale, f"mean error {error.mean() / scale:.2e} of the scale"
+
+
+def same_gradients(table, ours, theirs, largest=1e-3):
+    """Every gradient of a torch module equals ours, relative to the norm of it."""
+    given = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    exported = dict(weights.export(table, ours))
+    assert exported.keys() == given.keys()
+    floor = 1e-6 * max(float(grad.norm()) for grad in given.values())  # of what is zero but for rounding
+    for name, grad in given.items():
+        error, norm = np.linalg.norm(exported[name] - grad.numpy()), float(grad.norm())
+        assert error <= largest * norm + floor, f"{name}: {error:.2e} of {norm:.2e}"

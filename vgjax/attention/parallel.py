@@ -54,6 +54,33 @@ class Parallel:
         return sharding.local(one, names, q, k, v, *ids)[:, :n, :heads]
 
 
+@dataclass(frozen=True)
+class Cross:
+    """Spread tokens attend to few keys (a caption's), which every device holds whole: nothing is sent."""
+
+    local: Any = Full()
+
+    def __call__(
+        self,
+        q: Float[Array, "b n h k"],
+        k: Float[Array, "b m h k"],
+        v: Float[Array, "b m h k"],
+        segments: Segments | None = None,
+    ) -> Float[Array, "b n h k"]:
+        if not sharding.active():
+            return self.local(q, k, v, segments)
+        n, heads = q.shape[1:3]
+        q, k, v = (pad(x, 2, sharding.degree("heads")) for x in (fill(q), k, v))
+        ids = () if segments is None else (fill(segments.q), segments.kv)
+        whole = ("batch", None, "heads", None)
+        names = (TOKENS, whole, whole, *(TOKENS[:2], whole[:2])[: len(ids)])
+
+        def one(q: Array, k: Array, v: Array, *ids: Array) -> Array:
+            return self.local(q, k, v, Segments(*ids) if ids else None)
+
+        return sharding.local(one, names, q, k, v, *ids)[:, :n, :heads]
+
+
 def fill(x: Shaped[Array, "b n *d"]) -> Shaped[Array, "b _ *d"]:
     """Zeros behind the tokens (dim 1), up to a length that the devices which share them divide."""
     return pad(x, 1, sharding.degree("tokens"))

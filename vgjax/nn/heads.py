@@ -1,5 +1,6 @@
 """Into attention heads and out again: projections whose heads are a dim of the kernel, so that they shard."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -19,17 +20,61 @@ class QKV(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n h k"], Float[Array, "b n h k"]]:
-        dim, head = x.shape[-1], (self.heads, x.shape[-1] // self.heads)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
-        kernel = self.param("kernel", named(init, None, "embed", "heads", "head_dim"), (3, dim, *head), jnp.float32)
-        bias = self.param("bias", named(nn.initializers.zeros, None, "heads", "head_dim"), (3, *head), jnp.float32)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        # Not one matmul over "shk": XLA's CPU backend runs its backward a fifth slower (d 192, 3072 tokens), and a
-        # flat "(s h k)" cannot be sharded over heads.
-        q, k, v = (jnp.einsum("bnd,dhk->bnhk", x, w) + b for w, b in zip(kernel, bias, strict=True))
+        q, k, v = project(self, x, 3, self.heads, self.dtype)
         if self.norm:
             q, k = RMSNorm(dtype=self.dtype, name="norm_q")(q), RMSNorm(dtype=self.dtype, name="norm_k")(k)
         return q, k, v
+
+
+class Heads(nn.Module):
+    """`count` projections of every token into heads, of `size` channels (None: that share the width), from one kernel."""
+
+    count: int
+    heads: int
+    size: int | None = None
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n h k"]]:
+        return project(self, x, self.count, self.heads, self.dtype, self.size, self.use_bias)
+
+
+def project(
+    module: nn.Module,
+    x: Float[Array, "b n d"],
+    count: int,
+    heads: int,
+    dtype: Dtype,
+    size: int | None = None,
+    use_bias: bool = True,
+) -> list[Float[Array, "b n h k"]]:
+    """`count` projections into heads by a kernel, and a bias, of `module`."""
+    dim, head = x.shape[-1], (heads, size or x.shape[-1] // heads)
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
+    kernel = module.param("kernel", named(init, None, "embed", "heads", "head_dim"), (count, dim, *head), jnp.float32)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    # Not one matmul over "shk": XLA's CPU backend runs its backward a fifth slower (d 192, 3072 tokens), and a flat
+    # "(s h k)" cannot be sharded over heads.
+    out = [jnp.einsum("bnd,dhk->bnhk", x, w) for w in kernel]
+    if not use_bias:
+        return out
+    bias = module.param("bias", named(nn.initializers.zeros, None, "heads", "head_dim"), (count, *head), jnp.float32)
+    return [y + b for y, b in zip(out, bias.astype(dtype), strict=True)]
+
+
+class HeadsNorm(nn.Module):
+    """RMS norm over all heads of a token at once, in fp32, returned in `dtype`."""
+
+    eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n h k"]) -> Float[Array, "b n h k"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + self.eps)
+        scale = self.param("scale", named(nn.initializers.ones, "heads", "head_dim"), x.shape[-2:], jnp.float32)
+        return (y * scale).astype(self.dtype)
 
 
 class Merge(nn.Module):

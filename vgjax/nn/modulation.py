@@ -24,10 +24,15 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, vec: Float[Array, "b s e"], samples: Int[Array, "b n"]) -> list[Float[Array, "b _ d"]]:
         vectors = Linear(self.count * self.dim, ("embed", "mlp"), kernel_init=nn.initializers.zeros, name="linear")(vec)
-        if vec.shape[1] > 1:
-            one_hot = jax.nn.one_hot(samples - 1, vec.shape[1])
-            vectors = jnp.einsum("bns,bsd->bnd", one_hot, vectors, precision="highest")
-        return jnp.split(vectors, self.count, axis=-1)
+        return jnp.split(per_token(vectors, samples), self.count, axis=-1)
+
+
+def per_token(vectors: Float[Array, "b s d"], samples: Int[Array, "b n"]) -> Float[Array, "b _ d"]:
+    """The vector that each token of a row takes (from 1 on; 0: none); the one vector itself where a row has one."""
+    if vectors.shape[1] == 1:
+        return vectors
+    one_hot = jax.nn.one_hot(samples - 1, vectors.shape[1])
+    return jnp.einsum("bns,bsd->bnd", one_hot, vectors, precision="highest")
 
 
 def modulate(
