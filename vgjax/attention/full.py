@@ -23,6 +23,9 @@ from vgjax.typing import Array, Bool, Float, PyTree
 SMALL = 160 * 160
 # TPU: up to this many scores a head (a caption's tokens) XLA's own fusions do, and pad nothing to tiles.
 SHORT = 512 * 512
+# The widest head of the kernels: cuDNN takes no wider one, and splash's tiles would not fit a TPU's vector memory with
+# the one head of a VAE's whole width.
+WIDEST = 128
 # cuDNN takes segments as a dense bias. Past this many bytes reading it costs more than to ask, as the program runs,
 # whether a sample is one segment and padding, which needs none;
 SMALL_BIAS = 2**26
@@ -49,11 +52,11 @@ class Full:
         segments: Segments | None = None,
     ) -> Float[Array, "b n h k"]:
         where = platform()
-        if is_local():  # XLA cannot split a kernel over devices
+        if is_local() and q.shape[-1] <= WIDEST:  # XLA cannot split a kernel over devices
             if where == "tpu" and q.shape[1] * k.shape[1] > SHORT:
                 return splash(q, k, v, segments)
             half = q.dtype in (jnp.bfloat16, jnp.float16)
-            if where == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+            if where == "gpu" and half and q.shape[-1] % 8 == 0:
                 return checkpoint_name(_cudnn(q, k, v, segments, self.chunk), "attention")
         form = partial(_by_chunks, chunk=self.chunk)
         if where == "cpu":

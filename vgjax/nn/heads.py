@@ -27,7 +27,7 @@ class QKV(nn.Module):
 
 
 class Heads(nn.Module):
-    """`count` projections of every token into heads, of `size` channels (None: that share the width), from one kernel."""
+    """`count` projections of every token into heads from one kernel; heads of `size`, or that share the width."""
 
     count: int
     heads: int
