@@ -41,8 +41,8 @@ def get_config(arg: str = "b") -> ConfigDict:
     config.optim = dict(
         kind="adamw", lr=1e-4, schedule="constant", warmup=1000, weight_decay=0.01, clip=1.0, ema=0.9999, accumulate=1
     )
-    config.train = dict(steps=100_000, batch=batch, log_every=20, image_every=2000, watchdog=1800.0)
-    config.train |= dict(save_every=1000, keep_last=3, keep_every=10_000)
+    config.train = dict(steps=100_000, batch=batch, log_every=20, image_every=2000, save_every=1000, watchdog=1800.0)
+    config.train.update(keep_last=3, keep_every=10_000)
     config.evaluate = dict(clips=64, path="")
     config.sample = dict(steps=50, cfg=6.0)
     return config

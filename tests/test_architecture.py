@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "video": {"errors"},
     "objectives": GROUND | {"flow", "losses", "metrics", "models"},
     "weights": {"errors", "typing"},
+    "published": {"errors", "storage"},
+    "families": GROUND | {"checkpoint", "distributed", "flow", "models", "nn", "objectives", "published", "weights"},
     "chips": set(),
     "flops": {"chips", "errors"},
     "hlo": set(),
@@ -39,8 +41,8 @@ MAY_IMPORT = {
     "state": GROUND,
     "step": GROUND | {"losses", "state"},
 }
-ENTRY = {"train", "sample", "encode", "evaluate", "plan"}
-FLAX = {"nn", "models", "sharding", "state"}
+ENTRY = {"train", "sample", "encode", "evaluate", "plan", "convert"}
+FLAX = {"nn", "models", "sharding", "state", "families"}
 
 
 def package(path: Path) -> str:

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,17 @@ class Checkpoints:
         return self.directory / f"{step:08d}{suffix}"
 
 
-def load(path: str | os.PathLike, items: str | Sequence[str] | None = None) -> tuple[PyTree, dict[str, Any], int]:
+def load(
+    path: str | os.PathLike,
+    items: str | Sequence[str] | None = None,
+    place: Callable[[dict[str, Any], PyTree], PyTree] | None = None,
+) -> tuple[PyTree, dict[str, Any], int]:
     """Reads a checkpoint that describes itself: `(tree, meta, step)` of the newest undamaged step, on one device.
 
     `path` is a training workdir, its checkpoint directory or one step; `items` picks top-level entries of the state:
-    `"ema"` gives that subtree, a sequence a dict of them, None the whole state; nothing else is read. Structs and
-    named tuples come back as dicts. Changes nothing on disk. UserError when there is nothing to read.
+    `"ema"` gives that subtree, a sequence a dict of them, None the whole state; nothing else is read. `place`, of meta
+    and the abstract tree, gives what of it to read, with its shardings. Structs and named tuples come back as dicts.
+    Changes nothing on disk. UserError when there is nothing to read.
     """
     folder = newest(Path(path).absolute())
     stored = ocp.metadata(folder / STATE).metadata
@@ -185,9 +190,18 @@ def load(path: str | os.PathLike, items: str | Sequence[str] | None = None) -> t
         raise UserError(f"checkpoint {folder} has no {', '.join(absent)}; it has {', '.join(sorted(stored))}")
     # The device that a leaf was saved from may be another process's.
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
-    tree = _read(folder, {name: wanted[name] for name in names}, partial=True)
-    meta = json.loads((folder / META).read_text())
+    wanted, meta = {name: wanted[name] for name in names}, json.loads((folder / META).read_text())
+    tree = _read(folder, place(meta, wanted) if place else wanted, partial=True)
     return (tree[items] if isinstance(items, str) else tree), meta, meta["step"]
+
+
+def meta(path: str | os.PathLike) -> dict[str, Any]:
+    """What the newest step says of itself; the arrays are not looked at."""
+    root = workdir_of(path) / SUBDIR
+    folders = _folders(root) if root.is_dir() else []
+    if not folders:
+        raise UserError(f"{path} holds no vgjax checkpoint")
+    return json.loads((folders[-1] / META).read_text())
 
 
 def workdir_of(path: str | os.PathLike) -> Path:

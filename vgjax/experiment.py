@@ -24,7 +24,7 @@ from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError
 from vgjax.flow.time import TIMES, Shift
-from vgjax.models import causal_vae, mmdit
+from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
 from vgjax.models.text import TextEncoder
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
@@ -32,7 +32,14 @@ from vgjax.typing import PyTree
 
 MODELS = {
     "causal_vae": (causal_vae.CausalVAE, causal_vae.SIZES),
+    "hunyuan_vae": (hunyuan_vae.HunyuanVAE, hunyuan_vae.SIZES),
+    "wan_vae": (wan_vae.WanVAE, wan_vae.SIZES),
     "mmdit": (mmdit.MMDiT, mmdit.SIZES),
+    "crossdit": (crossdit.CrossDiT, crossdit.SIZES),
+    "clip_text": (clip.CLIPText, clip.SIZES),
+    "clip_vision": (clip.CLIPVision, clip.SIZES),
+    "t5": (t5.T5Encoder, t5.SIZES),
+    "llama": (llama.Llama, llama.SIZES),
 }
 TOKENIZERS = {"bytes": text.Bytes, "words": text.Words}
 
@@ -134,6 +141,8 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     encoder = call("config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
     attention = layouts.named(config.layout.kind).attention()
+    known = MODELS.get(config.model.get("kind"), MODELS["mmdit"])[0].__dataclass_fields__
+    of_model = {name: width for name, width in of_model.items() if name in known}  # not all take a pooled text
     velocity = model("config.model", {**of_model, **config.model}, dtype, attention=attention)
     law, law_rest = choose("config.time", TIMES, config.time)
     objective = call(

@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 
 from vgjax import checkpoint, distributed, experiment, layouts, program, sharding, video
 from vgjax.errors import UserError, door
+from vgjax.families.sampler import OpenSampler, is_open, peak
+from vgjax.families.store import Store
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import sample_keys
 from vgjax.flow.steppers import STEPPERS, integrate
@@ -229,7 +231,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stepper", help=", ".join(STEPPERS))
     parser.add_argument("--batch", type=int, help="videos at a time")
     parser.add_argument("--tile", type=int, help="decode in tiles of so many latent positions a side; 0: whole")
-    parser.add_argument("--negative", default="", help="prompt to guide away from")
+    parser.add_argument("--negative", help="prompt to guide away from")
+    parser.add_argument("--image", help="picture that the video starts from, for models that take one")
     parser.add_argument("--frames", type=int, help="1 + a multiple of the VAE's time factor")
     parser.add_argument("--size", help="HxW in pixels")
     parser.add_argument("--weights", default="ema", choices=("ema", "params"))
@@ -264,6 +267,10 @@ def main(argv: list[str]) -> None:
     prompts, size = prompts_of(args), program.size_of(args.size)
     out = program.workdir(args.out)
     video.check_codec(args.codec)
+    if is_open(Path(args.checkpoint)):
+        return sample_open(args, prompts, size, out)
+    if args.image:
+        raise UserError(f"--image: {args.checkpoint} makes videos of text alone")
     sampler = load(args.checkpoint, args.weights, args.layout, args.devices)
     given = {
         name: getattr(args, name)
@@ -275,14 +282,43 @@ def main(argv: list[str]) -> None:
     if sampler.where:
         distributed.say(distributed.preflight(vars(args), checkpoint.versions(), sampler.where[1]))
     with distributed.peers():
-        videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative)
+        videos = sampler(prompts, seed=args.seed, frames=args.frames, size=size, negative=args.negative or "")
     if jax.process_index() == 0:
         write(out, videos, prompts, sampler, args)
 
 
+def sample_open(args: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None, out: Path) -> None:
+    """Samples of a converted folder, by its family's own pipeline and defaults."""
+    for name in ("rescale", "interval", "stepper", "batch"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} is for models trained here: {args.checkpoint} is sampled as it was published")
+    if jax.process_count() > 1 and not args.layout:
+        raise UserError(f"several processes sample together by a layout: give --layout, {', '.join(layouts.LAYOUTS)}")
+    where = layouts.find(args.layout, args.devices) if args.layout else None
+    store = Store(Path(args.checkpoint), experiment.compute_dtype("auto"), where)
+    sampler, image = OpenSampler(store), video.read_image(args.image) if args.image else None
+    asked = {"steps": args.steps, "shift": args.shift, "frames": args.frames, "size": size, "guidance": args.guidance}
+    asked["cfg"] = (args.cfg,) if args.cfg is not None else None
+    asked = {name: value for name, value in asked.items() if value is not None}
+    use = sampler.family.settings(store, **asked)
+    distributed.say(f"{store.index['_class_name']}: {json.dumps(dataclasses.asdict(use))}")
+    with distributed.peers():
+        videos = sampler(prompts, args.seed, args.negative, image, args.tile or 0, **asked)
+    if jax.process_index() == 0:
+        save(out, videos, prompts, use.fps, args, dataclasses.asdict(use))
+    print(peak(), flush=True)
+
+
 def write(out: Path, videos: np.ndarray, prompts: list[str], sampler: Sampler, args: argparse.Namespace) -> None:
+    """The videos of a model trained here."""
+    settings = dataclasses.asdict(sampler.settings) | {"step": sampler.step}
+    save(out, videos, prompts, sampler.experiment.config.data.fps, args, settings)
+
+
+def save(
+    out: Path, videos: np.ndarray, prompts: list[str], fps: float, args: argparse.Namespace, settings: dict[str, Any]
+) -> None:
     """The mp4s, a contact sheet, and in sample.json what would make them again."""
-    fps = sampler.experiment.config.data.fps
     files = [out / f"{i:03d}.mp4" for i in range(len(videos))]
     for file, clip in zip(files, videos, strict=True):
         video.write_mp4(file, clip, fps, codec=args.codec)
@@ -294,12 +330,11 @@ def write(out: Path, videos: np.ndarray, prompts: list[str], sampler: Sampler, a
     ]
     record = (
         vars(args)
-        | dataclasses.asdict(sampler.settings)
+        | settings
         | {
             "frames": videos.shape[1],
             "size": list(videos.shape[2:4]),
             "fps": fps,
-            "step": sampler.step,
             "videos": named,
             "versions": checkpoint.versions(),
         }

@@ -111,6 +111,15 @@ def _whole_file(path: str | Path) -> Iterator[str]:
         temporary.unlink(missing_ok=True)
 
 
+def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture in any format that Pillow reads, or a `UserError`."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}): give a PNG or JPEG") from error
+
+
 def contact_sheet(
     videos: Sequence[UInt8[np.ndarray, "_t _h _w 3"]],
     captions: Sequence[str],

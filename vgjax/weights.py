@@ -92,6 +92,16 @@ def norm(theirs: str, ours: str, bias: bool = True) -> Table:
     return {f"{theirs}.weight": Part(f"{ours}/scale")} | ({f"{theirs}.bias": Part(f"{ours}/bias")} if bias else {})
 
 
+def expect(config: Mapping[str, Any], **wanted: Any) -> None:
+    """A `UserError` where a published config asks for another architecture than the one that is written here."""
+    for key, value in wanted.items():
+        found = config.get(key, value)
+        if found != value:
+            raise UserError(
+                f"{config.get('_class_name', 'config.json')}: {key}={found!r} is not supported, only {value!r}"
+            )
+
+
 class Entry(NamedTuple):
     """One tensor of theirs: its name, shape, the axis of its parts, and each part with where it stands in its leaf."""
 

@@ -22,7 +22,7 @@ def inputs(model=MODEL, b=2, m=5, grid=(3, 4, 6), each=False):
     t = jax.random.uniform(keys[1], (b, grid[0]) if each else (b,))
     c = jax.random.normal(keys[2], (b, m, model.text_dim))
     mask = jnp.ones((b, m), bool)
-    image = (jax.random.normal(keys[3], (b, 7, model.image_dim)),) if model.image_dim else ()
+    image = (None, None, jax.random.normal(keys[3], (b, 7, model.image_dim))) if model.image_dim else ()
     return x, t, c, mask, *image
 
 
@@ -63,14 +63,14 @@ def reference(device, model):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_published_size_has_exactly_the_parameters_of_the_reference(size):
     model = CrossDiT(**SIZES[size])
-    abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(lambda: inputs(model))]
+    abstract = jax.eval_shape(lambda: inputs(model))
     params, v = battery.shapes(model, *abstract)
     assert v.shape == (*abstract[0].shape[:-1], model.channels)
     battery.every_leaf_has_names(params)
     assert battery.count(params) == sum(p.numel() for p in reference("meta", model).parameters())
 
 
-def torch_of(x, t, c, mask, image=None):
+def torch_of(x, t, c, mask, vec=None, guidance=None, image=None):
     """Arguments of the reference; its text is 512 tokens where there is an image, and its times are per token."""
     import torch
 

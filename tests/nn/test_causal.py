@@ -67,6 +67,17 @@ def test_parity_with_torch_in_value_and_gradient(stride, padding):
     np.testing.assert_allclose(own["params"]["kernel"], by_kernel, rtol=1e-4, atol=1e-4)
 
 
+def test_a_convolution_that_is_not_centred_pads_below_and_to_the_right():
+    x = normal(0, 2, 3, 6, 4, 2)
+    conv, variables = made(x, kernel=(1, 3, 3), stride=(1, 2, 2), centred=False)
+    kernel = rearrange(np.array(variables["params"]["kernel"]), "1 h w c d -> d c h w")
+    padded = torch.nn.ZeroPad2d((0, 1, 0, 1))(torch.tensor(rearrange(np.array(x), "b t h w c -> (b t) c h w")))
+    bias = torch.tensor(np.array(variables["params"]["bias"]))
+    out = torch.nn.functional.conv2d(padded, torch.tensor(kernel), bias, stride=2)
+    theirs = rearrange(out.numpy(), "(b t) c h w -> b t h w c", b=2)
+    np.testing.assert_allclose(conv.apply(variables, x), theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("padding", ["zeros", "replicate"])
 def test_one_frame_is_a_2d_convolution(padding):
     """By the last time tap under zeros, by the sum of the taps under replication."""
@@ -111,6 +122,10 @@ def test_unfold_inverts_fold_alone_and_in_a_stream():
     assert folded.shape == (2, 3, 2, 3, 48)
     np.testing.assert_array_equal(CausalUnfold(4, 2).apply({}, folded), x)
     np.testing.assert_array_equal(streamed(CausalFold(4, 2), {}, x, [1, 5]), folded)
+    zeros = CausalFold(4, 2, "zeros").apply({}, x)
+    np.testing.assert_array_equal(zeros[:, 1:], folded[:, 1:])
+    padded = jnp.concatenate([jnp.zeros((2, 3, 4, 6, 3)), x], axis=1)
+    np.testing.assert_array_equal(zeros, rearrange(padded, "b (t r) (h p) (w q) c -> b t h w (c r p q)", r=4, p=2, q=2))
 
 
 def test_bf16_is_computed_in_bf16_near_fp32():

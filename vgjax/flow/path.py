@@ -41,3 +41,12 @@ def precondition(network: Velocity) -> Velocity:
 def sample_keys(key: Key, index: UInt[Array, " b"]) -> Key:
     """One key a sample, from the global sample index alone: the same on any number of devices or micro-batches."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def reverse(network: Velocity) -> Velocity:
+    """The velocity of a network that counts the other way: 1 is noise, and it points from data to noise."""
+
+    def v(x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:
+        return -network(x, 1.0 - t)
+
+    return v

@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, Padding
+from vgjax.nn.codec import check_video
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import shard
 from vgjax.typing import Array, Dtype, Float, Key, Params
@@ -88,7 +89,7 @@ class CausalVAE(nn.Module):
 
     def encode(self, video: Float[Array, "b t h w 3"]) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
         """Mean and log-variance of the posterior, fp32."""
-        self._check(video.shape, streaming=bool(self.variables.get("cache")))
+        check_video(*video.shape[1:4], self.time_factor, self.space_factor, bool(self.variables.get("cache")))
         mean, logvar = jnp.split(self.encoder(self.patchify(video)).astype(jnp.float32), 2, axis=-1)
         return mean + self.analysis(self.fold(video)), jnp.clip(logvar + LOGVAR, -30.0, 20.0)
 
@@ -106,24 +107,9 @@ class CausalVAE(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`t h w c` of the latents of one video."""
-        self._check((1, frames, height, width, 3), streaming=False)
+        check_video(frames, height, width, self.time_factor, self.space_factor)
         small = (1 + (frames - 1) // self.time_factor, height // self.space_factor, width // self.space_factor)
         return (*small, self.latent_channels)
-
-    def _check(self, shape: tuple[int, ...], streaming: bool) -> None:
-        _, frames, height, width, _ = shape
-        for name, size in (("height", height), ("width", width)):
-            if size % self.space_factor or not size:
-                near = max(1, round(size / self.space_factor)) * self.space_factor
-                raise UserError(
-                    f"video {name} {size} is not a multiple of {self.space_factor}, the VAE's down-sampling; "
-                    f"the nearest {name} that works is {near}"
-                )
-        first, least = (0, 1) if streaming else (1, 0)
-        if (frames - first) % self.time_factor or not frames:
-            near = first + max(least, round((frames - first) / self.time_factor)) * self.time_factor
-            rule = f"{self.time_factor}k" if streaming else f"1 + {self.time_factor}k"
-            raise UserError(f"{frames} frames are not {rule}; the nearest number of frames that works is {near}")
 
 
 class Pyramid(nn.Module):
@@ -238,7 +224,7 @@ def from_unit(z: Float[Array, "... c"], stats: LatentStats) -> Float[Array, "...
 
 
 def encode_stream(
-    model: CausalVAE, params: Params, video: Float[Array, "b t h w 3"], chunk: int
+    model: nn.Module, params: Params, video: Float[Array, "b t h w 3"], chunk: int
 ) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
     """`encode`, `chunk` frames at a time (a multiple of `time_factor`; the first chunk has one more)."""
     if chunk < 1 or chunk % model.time_factor:
@@ -250,7 +236,7 @@ def encode_stream(
 
 
 def decode_stream(
-    model: CausalVAE, params: Params, z: Float[Array, "b s i j z"], chunk: int
+    model: nn.Module, params: Params, z: Float[Array, "b s i j z"], chunk: int
 ) -> Float[Array, "b t h w 3"]:
     """`decode`, `chunk` latent frames at a time (the first chunk has one more)."""
     if chunk < 1:
@@ -258,7 +244,7 @@ def decode_stream(
     return jnp.concatenate(_stream(model, "decode", params, z, chunk), axis=1)
 
 
-def _stream(model: CausalVAE, method: str, params: Params, x: Array, chunk: int) -> list[Any]:
+def _stream(model: nn.Module, method: str, params: Params, x: Array, chunk: int) -> list[Any]:
     cache, outs = {}, []
     for part in jnp.split(x, list(range(1 + chunk, x.shape[1], chunk)), axis=1):
         out, cache = _apply(model, method, params, cache, part)
@@ -267,13 +253,13 @@ def _stream(model: CausalVAE, method: str, params: Params, x: Array, chunk: int)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: CausalVAE, method: str, params: Params, cache: Params, x: Array) -> tuple[Any, Params]:
+def _apply(model: nn.Module, method: str, params: Params, cache: Params, x: Array) -> tuple[Any, Params]:
     out, state = model.apply({"params": params, "cache": cache}, x, method=method, mutable=["cache"])
     return out, state["cache"]
 
 
 def encode_tiled(
-    model: CausalVAE, params: Params, video: Float[Array, "b t h w 3"], tile: int, overlap: int
+    model: nn.Module, params: Params, video: Float[Array, "b t h w 3"], tile: int, overlap: int
 ) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
     """`encode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
     model.latent_shape(*video.shape[1:4])
@@ -287,7 +273,7 @@ def encode_tiled(
 
 
 def decode_tiled(
-    model: CausalVAE, params: Params, z: Float[Array, "b s i j z"], tile: int, overlap: int
+    model: nn.Module, params: Params, z: Float[Array, "b s i j z"], tile: int, overlap: int
 ) -> Float[Array, "b t h w 3"]:
     """`decode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
     return _tiled(lambda part: _apply(model, "decode", params, {}, part)[0], z, tile, overlap, 1, model.space_factor)

@@ -6,6 +6,7 @@ tokens of an image's encoder, where there are some, have keys and values of thei
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, linear, norm
+from vgjax.weights import Part, Table, expect, linear, norm
 
 _14B: dict[str, Any] = dict(dim=5120, heads=40, inner=13824, blocks=40, channels=16, text_dim=4096, remat="full")
 SIZES: dict[str, dict[str, Any]] = {
@@ -75,11 +76,14 @@ class CrossDiT(nn.Module):
         t: Float[Array, "b ..."],
         c: Float[Array, "b m e"],
         mask: Bool[Array, "b m"],
+        vec: Float[Array, "b p"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
         image: Float[Array, "b i f"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """x: noisy latents (and conditions); t: 0 noise to 1 data, of a sample or of each of its latent frames.
 
-        c, mask: text tokens and which of them are seen; image: the tokens of an image.
+        c, mask: text tokens and which of them are seen; image: the tokens of an image. vec and guidance, which other
+        models take, are not looked at.
         """
         grid = self._check(x, t, c, image)
         tokens, places = patch.patchify(x, self.patch), patch.positions(grid)[None]
@@ -189,7 +193,7 @@ class Block(nn.Module):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = jnp.split(vectors, 6, axis=-1)
 
         y = modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype)
-        q, k, v = Heads(3, self.heads, self.dtype, name="qkv")(y)
+        q, k, v = Heads(3, self.heads, dtype=self.dtype, name="qkv")(y)
         q, k = (HeadsNorm(dtype=self.dtype, name=f"norm_{name}")(a) for name, a in (("q", q), ("k", k)))
         q, k, v = (shard(a, "batch", "tokens", "heads", None) for a in (rope.rotate(q, turn), rope.rotate(k, turn), v))
         o = self.attention(q, k, v, among(of_x))
@@ -209,11 +213,11 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens, seen: list[tuple[Float[Array, "b _ d"], Segments]]) -> Tokens:
         y = LayerNorm(affine=True, dtype=self.dtype, name="norm")(x)
-        (q,) = Heads(1, self.heads, self.dtype, name="q")(y)
+        (q,) = Heads(1, self.heads, dtype=self.dtype, name="q")(y)
         q = HeadsNorm(dtype=self.dtype, name="norm_q")(q)
         total = 0.0
         for kind, (tokens, segments) in zip(("text", "image"), seen, strict=False):
-            k, v = Heads(2, self.heads, self.dtype, name=f"{kind}_kv")(tokens)
+            k, v = Heads(2, self.heads, dtype=self.dtype, name=f"{kind}_kv")(tokens)
             total = total + Cross()(q, HeadsNorm(dtype=self.dtype, name=f"{kind}_norm")(k), v, segments)
         return Merge(x.shape[-1], dtype=self.dtype, name="merge")(total)
 
@@ -243,6 +247,36 @@ class ImageEmbed(nn.Module):
         exact = partial(jax.nn.gelu, approximate=False)
         mlp = MLP(image.shape[-1], self.dim, act=exact, dtype=self.dtype, name="mlp")
         return norm(name="norm_out")(mlp(norm(name="norm")(image)))
+
+
+def inputs(model: CrossDiT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Abstract arguments of the smallest call."""
+    shapes = [(1, *model.patch, model.channels + model.conditions), (1,), (1, 1, model.text_dim), (1, 1)]
+    given = tuple(jax.ShapeDtypeStruct(shape, jnp.bool_ if i == 3 else jnp.float32) for i, shape in enumerate(shapes))
+    if not model.image_dim:
+        return given
+    return (*given, None, None, jax.ShapeDtypeStruct((1, 1, model.image_dim), jnp.float32))
+
+
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields, of a config.json of diffusers' WanTransformer3DModel."""
+    expect(
+        config, qk_norm="rms_norm_across_heads", cross_attn_norm=True, eps=1e-6, freq_dim=256, pos_embed_seq_len=None
+    )
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    image_dim = config.get("image_dim") or 0
+    expect(config, added_kv_proj_dim=dim if image_dim else None)
+    return dict(
+        dim=dim,
+        heads=config["num_attention_heads"],
+        inner=config["ffn_dim"],
+        blocks=config["num_layers"],
+        channels=config["out_channels"],
+        conditions=config["in_channels"] - config["out_channels"],
+        text_dim=config["text_dim"],
+        image_dim=image_dim,
+        patch=tuple(config["patch_size"]),
+    )
 
 
 def weights(model: CrossDiT) -> Table:

@@ -7,6 +7,7 @@ nothing. A pooled text vector, time and optionally guidance modulate.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Joined, Part, Table, linear, norm
+from vgjax.weights import Joined, Part, Table, expect, linear, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": dict(
@@ -306,6 +307,33 @@ def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, s
 
 def _embed(dim: int, name: str) -> MLP:
     return MLP(dim, dim, act=jax.nn.silu, name=name)
+
+
+def inputs(model: MMDiT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Abstract arguments of the smallest call."""
+    shapes = [(1, *model.patch, model.channels), (1,), (1, 1, model.text_dim), (1, 1), (1, model.pooled_dim)]
+    shapes += [(1,)] if model.guidance else []
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.bool_ if i == 3 else jnp.float32) for i, shape in enumerate(shapes))
+
+
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields, of a config.json of diffusers' HunyuanVideoTransformer3DModel."""
+    expect(config, qk_norm="rms_norm", image_condition_type=None, out_channels=config["in_channels"])
+    return dict(
+        dim=config["num_attention_heads"] * config["attention_head_dim"],
+        heads=config["num_attention_heads"],
+        double_blocks=config["num_layers"],
+        single_blocks=config["num_single_layers"],
+        refiner_blocks=config["num_refiner_layers"],
+        mlp_ratio=config["mlp_ratio"],
+        channels=config["in_channels"],
+        text_dim=config["text_embed_dim"],
+        pooled_dim=config["pooled_projection_dim"],
+        patch=(config["patch_size_t"], config["patch_size"], config["patch_size"]),
+        rope_dims=tuple(config["rope_axes_dim"]),
+        theta=config["rope_theta"],
+        guidance=config["guidance_embeds"],
+    )
 
 
 def weights(model: MMDiT) -> Table:

@@ -1,0 +1,141 @@
+"""Open weights in and out: every bit comes back, nothing is overwritten, and what does not fit is said at once."""
+
+import json
+import shutil
+
+import jax
+import open_models
+import pytest
+import torch
+from conftest import program
+from safetensors.torch import load_file, save_file
+
+from vgjax import checkpoint, convert
+from vgjax.errors import USER, UserError
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    return folder / "wan", open_models.wan(folder / "wan", experts=2)
+
+
+@pytest.fixture
+def damaged(published, tmp_path):
+    """A copy to damage: (folder, the transformer's one file)."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(published[0], folder)
+    return folder, folder / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def run(*args, **environment):
+    return program("convert", *args, **environment)
+
+
+def test_a_pipeline_goes_in_and_comes_out_bit_by_bit(published, tmp_path):
+    source, pipe = published
+    went = run("--from", source, "--to", tmp_path / "converted")
+    assert went.returncode == 0 and "transformer_2: " in went.stderr, went.stderr
+    came = run("--from", tmp_path / "converted", "--to", tmp_path / "exported", "--export")
+    assert came.returncode == 0, came.stderr
+    for name in ("transformer", "transformer_2", "vae", "text_encoder"):
+        theirs = getattr(pipe, name)
+        (file,) = (tmp_path / "exported" / name).glob("*.safetensors")
+        cls = type(theirs)
+        config = (
+            cls.config_class.from_pretrained(file.parent) if name == "text_encoder" else cls.load_config(file.parent)
+        )
+        again = cls(config) if name == "text_encoder" else cls.from_config(config)
+        again.load_state_dict(load_file(file) | shared_of(load_file(file)))
+        for key, tensor in theirs.state_dict().items():
+            assert torch.equal(again.state_dict()[key], tensor), (name, key)
+    index = json.loads((tmp_path / "exported" / "model_index.json").read_text())
+    assert index == json.loads((source / "model_index.json").read_text())
+    for file in (*source.glob("tokenizer/*"), *source.glob("scheduler/*")):
+        assert (tmp_path / "exported" / file.relative_to(source)).read_bytes() == file.read_bytes()
+
+
+def shared_of(tensors):
+    """T5's embedding under its other name, which its files leave out."""
+    return {"encoder.embed_tokens.weight": tensors["shared.weight"]} if "shared.weight" in tensors else {}
+
+
+def test_parameters_may_be_made_smaller_and_spread(published, tmp_path):
+    source, _ = published
+    went = run(
+        "--from", source, "--to", tmp_path / "c", "--dtype", "bfloat16", "--layout", "fsdp", JAX_NUM_CPU_DEVICES="8"
+    )
+    assert went.returncode == 0, went.stderr
+    tree, meta, _ = checkpoint.load(tmp_path / "c" / "transformer", items="ema")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"bfloat16"}
+    assert meta["config"]["model"]["kind"] == "crossdit" and meta["published"]["_class_name"] == "WanTransformer3DModel"
+
+
+def test_all_that_does_not_fit_is_said_at_once_and_nothing_is_written(damaged, tmp_path):
+    folder, file = damaged
+    tensors = load_file(file)
+    tensors["proj_out.bias"] = torch.zeros(3)
+    tensors["stray"] = torch.zeros(2)
+    del tensors["blocks.1.attn2.to_k.weight"]
+    save_file(tensors, file)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"z_dim": 5}))
+    went = run("--from", folder, "--to", tmp_path / "c")
+    assert went.returncode == USER and "Traceback" not in went.stderr
+    for said in (
+        "transformer: proj_out.bias has shape (3,)",
+        "transformer: stray of shape (2,)",
+        "transformer: blocks.1.attn2.to_k.weight is missing",
+        "vae: post_quant_conv.weight has shape",
+    ):
+        assert said in went.stderr
+    assert not (tmp_path / "c").exists()
+
+
+def test_tensors_of_one_leaf_in_two_types_are_named_and_may_be_made_one(damaged, tmp_path):
+    folder, file = damaged
+    tensors = load_file(file)
+    tensors["blocks.0.ffn.net.2.bias"] = tensors["blocks.0.ffn.net.2.bias"].to(torch.bfloat16)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="blocks.0.ffn.net.2.bias is bfloat16.*--dtype"):
+        convert.convert(folder, tmp_path / "c", None, None)
+    convert.convert(folder, tmp_path / "d", "float32", None)
+
+
+@pytest.mark.parametrize(
+    "damage,said",
+    [
+        (lambda folder, file: file.write_bytes(file.read_bytes()[:-8]), "no whole safetensors file"),
+        (lambda folder, file: file.rename(file.with_suffix(".bin")), "a pickle can run any code"),
+        (lambda folder, file: shutil.rmtree(folder / "vae"), "lacks the folder vae"),
+        (lambda folder, file: (folder / "model_index.json").unlink(), "model_index.json cannot be read"),
+        (lambda folder, file: (folder / "vae" / "config.json").write_text("{}"), "names no class"),
+        (
+            lambda folder, file: rewritten(folder, "transformer", _class_name="Other3DModel"),
+            "is a Other3DModel: known are",
+        ),
+        (
+            lambda folder, file: rewritten(folder, "transformer", qk_norm="layer_norm"),
+            "qk_norm='layer_norm' is not supp",
+        ),
+        (lambda folder, file: rewritten(folder, "transformer", ffn_dim=None), "lacks 'ffn_dim'"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(damaged, tmp_path, damage, said):
+    folder, file = damaged
+    damage(folder, file)
+    with pytest.raises(UserError, match=said):
+        convert.convert(folder, tmp_path / "c", None, None)
+
+
+def rewritten(folder, name, **changes):
+    path = folder / name / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_nothing_is_overwritten(published, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    went = run("--from", published[0], "--to", tmp_path)
+    assert went.returncode == USER and "not an empty folder" in went.stderr
+    assert (tmp_path / "mine").read_text() == "keep"

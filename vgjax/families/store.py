@@ -1,0 +1,166 @@
+"""Published models and converted folders: which class is which of our modules, and its parameters on the devices."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vgjax import checkpoint, published, sharding
+from vgjax.errors import UserError
+from vgjax.models import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
+from vgjax.models.causal_vae import LatentStats
+from vgjax.typing import Dtype, PyTree
+
+INDEX = "model_index.json"
+# class of a config.json: (our module, its file, stem of its safetensors)
+READERS: dict[str, tuple[type[nn.Module], ModuleType, str]] = {
+    "HunyuanVideoTransformer3DModel": (mmdit.MMDiT, mmdit, "diffusion_pytorch_model"),
+    "WanTransformer3DModel": (crossdit.CrossDiT, crossdit, "diffusion_pytorch_model"),
+    "AutoencoderKLHunyuanVideo": (hunyuan_vae.HunyuanVAE, hunyuan_vae, "diffusion_pytorch_model"),
+    "AutoencoderKLWan": (wan_vae.WanVAE, wan_vae, "diffusion_pytorch_model"),
+    "LlamaModel": (llama.Llama, llama, "model"),
+    "CLIPTextModel": (clip.CLIPText, clip, "model"),
+    "CLIPVisionModel": (clip.CLIPVision, clip, "model"),
+    "T5EncoderModel": (t5.T5Encoder, t5, "model"),
+    "UMT5EncoderModel": (t5.T5Encoder, t5, "model"),
+}
+
+
+def reader(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], ModuleType, str]:
+    """The row of `READERS` for a config.json."""
+    name = published.class_of(config, where)
+    if name not in READERS:
+        raise UserError(f"{where} is a {name}: known are {', '.join(READERS)}")
+    return READERS[name]
+
+
+def fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Our module's fields, of a config.json."""
+    try:
+        return reader(config, where)[1].published(config)
+    except KeyError as error:
+        raise UserError(f"{where / 'config.json'} lacks {error.args[0]!r}: download it again") from error
+
+
+def abstract(module: nn.Module, of_model: ModuleType) -> PyTree:
+    """The module's abstract parameters, in their boxes of names."""
+    return jax.eval_shape(module.init, jax.random.key(0), *of_model.inputs(module))["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A converted folder.
+
+    `model` brings parameters onto `where` (layout, mesh; None: one device), and takes them away.
+    """
+
+    folder: Path
+    dtype: Dtype = jnp.float32
+    where: tuple[Any, Any] | None = None
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return published.read_json(self.folder / INDEX)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        return published.read_json(self.folder / "scheduler" / "scheduler_config.json")
+
+    def published(self, name: str) -> dict[str, Any]:
+        """The config.json that a model was published with."""
+        return checkpoint.meta(self.folder / name)["published"]
+
+    def here(self) -> contextlib.AbstractContextManager:
+        """Makes the layout the active one."""
+        return sharding.use(*self.where) if self.where else contextlib.nullcontext()
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Host arrays, whole on every device of the layout."""
+        return sharding.replicate(tree, self.where[1]) if self.where else jax.tree.map(jnp.asarray, tree)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has this model."""
+        return (self.folder / name / checkpoint.SUBDIR).is_dir()
+
+    def tokenizer(self, name: str) -> Any:
+        """A tokenizer of transformers, from its files alone."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / name} holds no tokenizer that transformers can read: {error}") from error
+
+    def module(self, config: Mapping[str, Any], name: str, **changed: Any) -> nn.Module:
+        """Our module of a published config, with some fields changed."""
+        cls, *_ = reader(config, self.folder / name)
+        own = fields(config, self.folder / name) | changed
+        if "attention" in cls.__dataclass_fields__ and self.where:
+            own["attention"] = self.where[0].attention()
+        return cls(**own, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def model(self, name: str, **changed: Any) -> Iterator[tuple[nn.Module, PyTree, dict[str, Any]]]:
+        """(module with some fields changed, its parameters, its checkpoint's meta); the parameters are gone after it.
+
+        With fewer `blocks` than were published the first of them are taken.
+        """
+        found: dict[str, Any] = {}
+
+        def place(meta: dict[str, Any], stored: PyTree) -> PyTree:
+            config = meta["published"]
+            module = self.module(config, name, **changed)
+            found.update(module=module, meta=meta, boxed=abstract(module, reader(config, self.folder / name)[1]))
+            ((kind, stored),) = stored["ema"].items()
+            found["kind"] = kind
+            return {
+                "ema": {
+                    kind: jax.tree.map(self._placed, found["boxed"], _within(stored, found["boxed"]), is_leaf=_is_box)
+                }
+            }
+
+        tree, _, _ = checkpoint.load(self.folder / name, items=("ema",), place=place)
+        params = jax.tree.map(_first, tree["ema"][found["kind"]], sharding.unboxed(found["boxed"]))
+        try:
+            yield found["module"], params, found["meta"]
+        finally:
+            for leaf in jax.tree.leaves(params):
+                leaf.delete()
+
+    def _placed(self, box: Any, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if self.where is None:
+            return stored
+        layout, mesh = self.where
+        spec = layout.spec(box.names, stored.shape, mesh)
+        return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, sharding.Named)
+
+
+def _within(stored: PyTree, wanted: PyTree) -> PyTree:
+    """What of a nested dict another one names."""
+    if _is_box(wanted):
+        return stored
+    return {key: _within(stored[key], inner) for key, inner in wanted.items()}
+
+
+def _first(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """The first layers of a leaf that has more."""
+    if leaf.shape == wanted.shape:
+        return leaf
+    few = jax.jit(lambda x: x[: wanted.shape[0]], out_shardings=leaf.sharding)(leaf)
+    leaf.delete()
+    return few
+
+
+def latent_stats(meta: Mapping[str, Any]) -> LatentStats:
+    """Mean and standard deviation of a VAE's latents, as published."""
+    return LatentStats(*(jnp.asarray(row, jnp.float32) for row in meta["stats"]))
