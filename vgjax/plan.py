@@ -310,13 +310,9 @@ def refusal(error: Exception, row: Row) -> dict[str, Any]:
 def measured(row: Row, done: Any, job: Job, mesh: Mesh, where: Topology) -> Row:
     """The row of a program that compiled."""
     memory, text = done.memory_analysis(), hlo.parse(done.as_text())
-    needed = float(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # What the TPU compiler refuses a program by is its peak; on a GPU the temporaries are one piece.
+    needed = float(memory.peak_memory_in_bytes if where.refuses else kept + memory.temp_size_in_bytes)
     kinds: Counter[str] = Counter()
     network = 0.0
     for collective in text.collectives():
@@ -335,7 +331,7 @@ def measured(row: Row, done: Any, job: Job, mesh: Mesh, where: Topology) -> Row:
         fits=fits,
         reason="" if fits else "too large",
         needed=needed,
-        activations=float(memory.temp_size_in_bytes),
+        activations=needed - kept,
         flops=job.flops,
         traffic=traffic,
         collectives={kind: float(sent) for kind, sent in kinds.items()},

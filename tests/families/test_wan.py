@@ -8,7 +8,7 @@ import torch
 from conftest import program
 from PIL import Image
 
-from vgjax import convert, layouts
+from vgjax import convert, layouts, sample
 from vgjax.data.decode import read_clip
 from vgjax.errors import USER, UserError
 from vgjax.families import wan
@@ -112,7 +112,7 @@ def test_an_image_is_asked_for_where_it_is_needed_and_refused_where_it_is_not(pa
         wan.condition(pairs("text")[1].store, picture, 5, SIZE)
 
 
-def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path):
+def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path, capsys):
     folder = pairs("image")[1].store.folder
     Image.fromarray(picture).save(tmp_path / "first.png")
     asked = ["--checkpoint", folder, "--prompt", "a cat walks", "--image", tmp_path / "first.png", "--steps", "2"]
@@ -121,7 +121,11 @@ def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "peak memory: host" in ran.stdout and "WanImageToVideoPipeline" in ran.stdout
     assert read_clip(tmp_path / "out" / "000.mp4", 5, SIZE, fps=16).shape == (5, *SIZE, 3)
-    wrong = program("sample", *asked, "--rescale", "0.5")
-    assert wrong.returncode == USER and "--rescale is for models trained here" in wrong.stderr
-    wrong = program("sample", *asked[:5], tmp_path / "none.png", *asked[6:])
-    assert wrong.returncode == USER and "none.png cannot be read as a picture" in wrong.stderr
+    missing = [*asked[:5], tmp_path / "none.png", *asked[6:]]
+    for wrong, said in (
+        ([*asked, "--rescale", "0.5"], "--rescale is for models trained here"),
+        (missing, "none.png cannot be read as a picture"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            sample.main(["sample", *map(str, wrong)])
+        assert stopped.value.code == USER and said in capsys.readouterr().err

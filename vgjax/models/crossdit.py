@@ -249,7 +249,7 @@ class ImageEmbed(nn.Module):
         return norm(name="norm_out")(mlp(norm(name="norm")(image)))
 
 
-def inputs(model: CrossDiT) -> tuple[jax.ShapeDtypeStruct, ...]:
+def inputs(model: CrossDiT) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     """Abstract arguments of the smallest call."""
     shapes = [(1, *model.patch, model.channels + model.conditions), (1,), (1, 1, model.text_dim), (1, 1)]
     given = tuple(jax.ShapeDtypeStruct(shape, jnp.bool_ if i == 3 else jnp.float32) for i, shape in enumerate(shapes))
