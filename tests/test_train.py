@@ -146,7 +146,10 @@ REFUSED = {
     "frames": (["--config", "tests/tiny.py:vae", "--config.data.frames=6"], "nearest number of frames that works is 5"),
     "devices": (["--config", "tests/tiny.py:vae", "--config.layout.devices=4096"], "more devices than"),
     "layout": (["--config", "tests/tiny.py:vae", "--config.layout.kind=3d"], "use one of dp, fsdp"),
-    "kind": (["--config", "tests/tiny.py:vae", "--config.model.kind=unet"], "use one of causal_vae, mmdit"),
+    "kind": (
+        ["--config", "tests/tiny.py:vae", "--config.model.kind=unet"],
+        "use one of causal_vae, hunyuan_vae, wan_vae, mmdit",
+    ),
     "batch": (["--config", "tests/tiny.py:vae", "--config.train.batch=0"], "config.train.batch=0 must be at least 1"),
     "world": (["--config", "tests/tiny.py:vae", "--config.data.world=big"], "small, full"),
     "data option": (["--config", "tests/tiny.py:vae", "--config.data.sise=8"], "config.data.sise is unknown: known"),

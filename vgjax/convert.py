@@ -63,36 +63,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def convert(source: Path, to: Path, dtype: str | None, where: Any) -> None:
-    """Every component of a published folder; what does not fit in any of them is said together."""
-    components = components_of(source)
-    files: dict[str, published.Folder] = {}
-    said: list[str] = []
-    for name, config in components.items():
-        files[name] = published.Folder(source / name)
-        cls, of_model, _ = reader(config, source / name)
-        model = cls(**fields(config, source / name))
-        wanted = sharding.unboxed(abstract(model, of_model))
-        table, _ = table_of(model, of_model, files[name])
-        found = weights.mismatches(table, wanted, files[name].shapes, getattr(of_model, "IGNORED", ()))
-        said += [f"{name}: {sentence}" for sentence in found]
+    """Every component of a published folder; what does not fit in any of them is said together, before any is read."""
+    components = {name: Component(source / name, config) for name, config in components_of(source).items()}
+    said = [f"{name}: {sentence}" for name, one in components.items() for sentence in one.mismatches()]
     if said:
         more = f"; and {len(said) - 20} more" if len(said) > 20 else ""
         raise UserError(f"{source} does not fit, in {len(said)} place(s): {'; '.join(said[:20])}{more}")
-    for name, config in components.items():
-        start = time.perf_counter()
-        size = component(config, files.pop(name), to / name, dtype, where, source / name)
+    types = {name: one.dtypes(dtype) for name, one in components.items()}
+    for name in types:
+        start, one = time.perf_counter(), components.pop(name)
+        size = one.load(to / name, types[name], where)
         seconds = time.perf_counter() - start
-        print(
-            f"{name}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s)",
-            file=sys.stderr,
-            flush=True,
-        )
-    with writing(to):
-        for entry in sorted(source.iterdir()):
-            if entry.is_dir() and entry.name not in components:
-                shutil.copytree(entry, to / entry.name)
-            elif entry.suffix == ".json":
-                shutil.copy(entry, to / entry.name)
+        rate = f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s)"
+        print(f"{name}: {rate}", file=sys.stderr, flush=True)
+    rest(source, to, set(types))
 
 
 def components_of(source: Path) -> dict[str, dict[str, Any]]:
@@ -106,80 +90,90 @@ def components_of(source: Path) -> dict[str, dict[str, Any]]:
         folder = source / name
         if not folder.is_dir():
             raise UserError(f"{source} lacks the folder {name}, which {INDEX} names: download it")
-        if not (folder / "config.json").is_file() and (kind not in READERS):
-            continue  # a tokenizer, a scheduler
-        config = published.read_json(folder / "config.json")
-        reader(config, folder)
-        found[name] = config
+        if (folder / "config.json").is_file() or kind in READERS:  # else a tokenizer, a scheduler
+            found[name] = published.read_json(folder / "config.json")
     if not found:
         raise UserError(f"{source / INDEX} names no model: give a published pipeline")
     return found
 
 
-def table_of(model: Any, of_model: ModuleType, files: published.Folder) -> tuple[weights.Table, str | None]:
-    """(the weight table for these files, what its names begin with where a model's names may begin differently)."""
-    for prefix in (prefixes := getattr(of_model, "PREFIXES", ("",))):
-        table = prefixed(model, of_model, prefix)
-        if any(name.format(0) in files.shapes for name in table):
-            return table, prefix
-    return prefixed(model, of_model, prefixes[0]), prefixes[0]
+class Component:
+    """One published model: its files, our module for it, and the weight table between the two."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        cls, self.of_model, _ = reader(config, folder)
+        self.config, self.section = dict(config), fields(config, folder)
+        self.kind = next(kind for kind, (known, _) in experiment.MODELS.items() if known is cls)
+        self.files, model = published.Folder(folder), cls(**self.section)
+        self.boxed = abstract(model, self.of_model)
+        self.tree = sharding.unboxed(self.boxed)
+        prefixes = getattr(self.of_model, "PREFIXES", (None,))
+        tables = {prefix: table_of(model, self.of_model, prefix) for prefix in prefixes}
+        fits = (one for one, table in tables.items() if any(name.format(0) in self.files.shapes for name in table))
+        self.prefix = next(fits, prefixes[0])
+        self.table = tables[self.prefix]
+
+    def mismatches(self) -> list[str]:
+        """Sentences on all in which the files are not what the model needs."""
+        ignored = getattr(self.of_model, "IGNORED", ())
+        return weights.mismatches(self.table, self.tree, self.files.shapes, ignored)
+
+    def dtypes(self, dtype: str | None) -> dict[str, Any]:
+        """The type of each leaf: as published, or as told."""
+        if dtype is None:
+            return weights.dtypes(self.table, self.tree, self.files.shapes)
+        return dict.fromkeys(weights.flat(self.tree), jnp.dtype(dtype))
+
+    def load(self, to: Path, types: Mapping[str, Any], where: Any) -> int:
+        """From the files to a checkpoint; returns its bytes."""
+        paths = jax.tree.unflatten(jax.tree.structure(self.tree), list(weights.flat(self.tree)))
+        placed = sharding.shardings(self.boxed, *where) if where else jax.tree.map(lambda _: None, self.tree)
+
+        def wanted(leaf: Any, path: str, at: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, types[path], sharding=at)
+
+        leaves = [jax.tree.flatten(tree, is_leaf=lambda x: x is None)[0] for tree in (self.tree, paths, placed)]
+        tree = jax.tree.unflatten(
+            jax.tree.structure(self.tree), [wanted(*three) for three in zip(*leaves, strict=True)]
+        )
+        params = weights.load(self.table, tree, self.files.read)
+        section = {"kind": self.kind, **self.section}
+        meta = {"config": {"model": section}, "published": self.config, "prefix": self.prefix}
+        if hasattr(self.of_model, "stats"):
+            meta["stats"] = [np.asarray(row).tolist() for row in self.of_model.stats(self.config)]
+        with checkpoint.Checkpoints(to / checkpoint.SUBDIR) as kept:
+            kept.save(0, {"ema": {"vae" if "stats" in meta else "model": params}}, meta, wait=True)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def prefixed(model: Any, of_model: ModuleType, prefix: str | None) -> weights.Table:
+def table_of(model: Any, of_model: ModuleType, prefix: str | None) -> weights.Table:
+    """The weight table, with its names' beginning where a file of models has several."""
     return of_model.weights(model, prefix) if hasattr(of_model, "PREFIXES") else of_model.weights(model)
-
-
-def component(
-    config: Mapping[str, Any], files: published.Folder, to: Path, dtype: str | None, where: Any, source: Path
-) -> int:
-    """One model, from its files to a checkpoint; returns its bytes."""
-    cls, of_model, _ = reader(config, source)
-    model = cls(**fields(config, source))
-    boxed = abstract(model, of_model)
-    tree = sharding.unboxed(boxed)
-    table, prefix = table_of(model, of_model, files)
-    types = weights.dtypes(table, tree, files.shapes) if dtype is None else None
-    paths = list(weights.flat(tree))
-    kinds = jax.tree.unflatten(jax.tree.structure(tree), [types[path] if types else jnp.dtype(dtype) for path in paths])
-    if where:
-        placed = sharding.shardings(boxed, *where)
-        wanted = jax.tree.map(lambda x, kind, at: jax.ShapeDtypeStruct(x.shape, kind, sharding=at), tree, kinds, placed)
-    else:
-        wanted = jax.tree.map(lambda x, kind: jax.ShapeDtypeStruct(x.shape, kind), tree, kinds)
-    params = weights.load(table, wanted, files.read)
-    kind = next(kind for kind, (known, _) in experiment.MODELS.items() if known is cls)
-    section = {"kind": kind, **fields(config, source)}
-    meta = {"config": {"model": section}, "published": dict(config), "prefix": prefix}
-    if hasattr(of_model, "stats"):
-        meta["stats"] = [np.asarray(row).tolist() for row in of_model.stats(config)]
-    with checkpoint.Checkpoints(to / checkpoint.SUBDIR) as kept:
-        kept.save(0, {"ema": {"vae" if "stats" in meta else "model": params}}, meta, wait=True)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def export(source: Path, to: Path) -> None:
     """A converted folder back to what diffusers and transformers read."""
     index = published.read_json(source / INDEX)
-    done = set()
-    for name, held in index.items():
-        if not isinstance(held, list) or not (source / name / checkpoint.SUBDIR).is_dir():
-            continue
+    models = {name for name in index if (source / name / checkpoint.SUBDIR).is_dir()}
+    for name in sorted(models):
         tree, meta, _ = checkpoint.load(source / name, items="ema")
-        config = meta["published"]
+        config, (params,) = meta["published"], tree.values()
         cls, of_model, stem = reader(config, source / name)
-        model = cls(**fields(config, source / name))
-        table = prefixed(model, of_model, meta["prefix"])
-        params = next(iter(tree.values()))
+        table = table_of(cls(**fields(config, source / name)), of_model, meta["prefix"])
         leaves = weights.flat(params)
         sizes = {
             entry.name: int(np.prod(entry.shape)) * leaves[entry.places[0][0].leaf].dtype.itemsize
             for entry in weights.entries(table, params)
         }
         published.write(to / name, stem, config, weights.export(table, params), sizes)
-        done.add(name)
+    rest(source, to, models)
+
+
+def rest(source: Path, to: Path, models: set[str]) -> None:
+    """Copies what is not a model: tokenizers, scheduler, model_index.json."""
     with writing(to):
         for entry in sorted(source.iterdir()):
-            if entry.is_dir() and entry.name not in done:
+            if entry.is_dir() and entry.name not in models:
                 shutil.copytree(entry, to / entry.name)
             elif entry.suffix == ".json":
                 shutil.copy(entry, to / entry.name)

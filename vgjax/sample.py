@@ -306,7 +306,7 @@ def sample_open(args: argparse.Namespace, prompts: list[str], size: tuple[int, i
         videos = sampler(prompts, args.seed, args.negative, image, args.tile or 0, **asked)
     if jax.process_index() == 0:
         save(out, videos, prompts, use.fps, args, dataclasses.asdict(use))
-    print(peak(), flush=True)
+    distributed.say(peak())
 
 
 def write(out: Path, videos: np.ndarray, prompts: list[str], sampler: Sampler, args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vgjax.nn.mlp import MLP
@@ -15,7 +16,9 @@ SCALE = 1000.0  # the period of the slowest sinusoids assumes steps 0..1000, our
 
 def sinusoidal(x: Float[Array, "*b"], dim: int = FREQUENCIES, period: float = 1e4) -> Float[Array, "*b {dim}"]:
     """`dim/2` cosines then `dim/2` sines of `x`, angular frequencies from 1 down to almost 1/period."""
-    frequencies = jnp.exp(-math.log(period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    # Exponents rounded to fp32 as published models had them: at thousands of radians an ulp of a frequency is seen.
+    exponents = np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = x.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
