@@ -3,7 +3,7 @@
 FOLDER is a pipeline as diffusers publishes it. DIR then holds a checkpoint of each model in it that describes itself,
 and what else the folder says (tokenizers, scheduler, model_index.json) as it was. Every published tensor is used once
 and every parameter filled once, or nothing is written and all that does not fit is listed. Tensors go one by one to
-their place on the devices, so the host needs little more memory than the model.
+their place on the devices (what that costs: benchmarks/convert.py).
 """
 
 import argparse
