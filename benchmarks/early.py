@@ -18,7 +18,7 @@ from record import write
 from vgjax import evaluate, experiment, program, sample
 from vgjax.flow.path import sample_keys
 from vgjax.metrics import prompt
-from vgjax.models.causal_vae import from_unit
+from vgjax.nn.codec import from_unit
 from vgjax.objectives.vae import to_uint8
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)

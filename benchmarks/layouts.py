@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from record import RESULTS, ROOT, write
 
 from vgjax import experiment, flops, layouts, plan, program, sharding, state, step
-from vgjax.models.causal_vae import LatentStats
+from vgjax.nn.codec import LatentStats
 
 ROUNDS, STEPS, WARM = 2, 4, 1
 SMALL = ["--config", str(ROOT / "configs/mmdit.py:s"), "--batch", "8", "--frames", "17", "--size", "64x64"]

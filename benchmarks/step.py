@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from record import ROOT, write
 
 from vgjax import experiment, layouts, sharding, state, step
-from vgjax.models.causal_vae import LatentStats
+from vgjax.nn.codec import LatentStats
 
 ROUNDS, STEPS = 3, 12
 FORMS = (("glibc", 5), ("kept", 5), ("kept", 3))

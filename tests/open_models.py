@@ -2,9 +2,7 @@
 
 import json
 
-import numpy as np
 import parity
-from einops import rearrange
 
 WORDS = "a cat walks on the grass realistic red dog runs over snow slowly , . bad blurry".split()
 
@@ -124,15 +122,3 @@ def saved(folder, pipe):
     pipe.save_pretrained(folder, safe_serialization=True)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == type(pipe).__name__
     return pipe
-
-
-def to_torch(x):
-    """Our latents or frames (channels last) as theirs."""
-    import torch
-
-    return torch.tensor(rearrange(np.asarray(x), "b t h w c -> b c t h w"))
-
-
-def of_torch(x):
-    """Their latents or frames as ours."""
-    return rearrange(x.detach().float().numpy(), "b c t h w -> b t h w c")

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from einops import rearrange
 
 from vgjax import weights
 from vgjax.sharding import unboxed
@@ -29,6 +30,18 @@ def load(table, model, theirs, *inputs, ignored=(), **kwargs):
     for name, tensor in weights.export(table, params):
         np.testing.assert_array_equal(tensor, tensors[name])
     return params
+
+
+def to_torch(x):
+    """Our video or latents, channels last, as a torch module takes them."""
+    import torch
+
+    return torch.tensor(rearrange(np.asarray(x), "b t h w c -> b c t h w"))
+
+
+def of_torch(x):
+    """What a torch module made of them, as ours."""
+    return rearrange(x.detach().numpy(), "b c t h w -> b t h w c")
 
 
 def near(ours, theirs, largest=1e-4, mean=1e-5):

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "metrics": {"errors", "typing", "data"},
     "data": {"errors", "video"},
     "video": {"errors"},
-    "objectives": GROUND | {"flow", "losses", "metrics", "models"},
+    "objectives": GROUND | {"flow", "losses", "metrics", "models", "nn"},
     "weights": {"errors", "typing"},
     "published": {"errors", "storage"},
     "families": GROUND | {"checkpoint", "distributed", "flow", "models", "nn", "objectives", "published", "weights"},

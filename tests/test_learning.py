@@ -14,9 +14,9 @@ from vgjax.data import captions, shapes, text
 from vgjax.data.captions import Request
 from vgjax.flow.path import sample_keys
 from vgjax.flow.time import Shift
-from vgjax.models.causal_vae import LatentStats
 from vgjax.models.mmdit import MMDiT
 from vgjax.models.text import TextEncoder
+from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
 
 WORLD = shapes.World(("red", "blue"), ("circle",), ("left", "right", "up", "down"), ("black",), frames=5)

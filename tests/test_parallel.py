@@ -15,9 +15,10 @@ from battery import perturbed_like
 from conftest import program
 
 from vgjax import hlo, layouts, sample, sharding, state, step
-from vgjax.models.causal_vae import CausalVAE, LatentStats
+from vgjax.models.causal_vae import CausalVAE
 from vgjax.models.mmdit import MMDiT
 from vgjax.models.text import TextEncoder
+from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
 from vgjax.optim import adamw, schedule

@@ -126,16 +126,12 @@ class Component:
 
     def load(self, to: Path, types: Mapping[str, Any], where: Any) -> int:
         """From the files to a checkpoint; returns its bytes."""
-        paths = jax.tree.unflatten(jax.tree.structure(self.tree), list(weights.flat(self.tree)))
-        placed = sharding.shardings(self.boxed, *where) if where else jax.tree.map(lambda _: None, self.tree)
-
-        def wanted(leaf: Any, path: str, at: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, types[path], sharding=at)
-
-        leaves = [jax.tree.flatten(tree, is_leaf=lambda x: x is None)[0] for tree in (self.tree, paths, placed)]
-        tree = jax.tree.unflatten(
-            jax.tree.structure(self.tree), [wanted(*three) for three in zip(*leaves, strict=True)]
-        )
+        placed = weights.flat(sharding.shardings(self.boxed, *where)) if where else {}
+        wanted = [
+            jax.ShapeDtypeStruct(leaf.shape, types[path], sharding=placed.get(path))
+            for path, leaf in weights.flat(self.tree).items()
+        ]
+        tree = jax.tree.unflatten(jax.tree.structure(self.tree), wanted)
         params = weights.load(self.table, tree, self.files.read)
         section = {"kind": self.kind, **self.section}
         meta = {"config": {"model": section}, "published": self.config, "prefix": self.prefix}

@@ -28,7 +28,7 @@ from vgjax.flow.path import sample_keys
 from vgjax.log import Log, keep_until
 from vgjax.metrics import prompt
 from vgjax.metrics.psnr import psnr, ssim
-from vgjax.models.causal_vae import latent_stats
+from vgjax.nn.codec import latent_stats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import from_uint8, to_uint8
 from vgjax.sample import Sampler, settings_of, wanted

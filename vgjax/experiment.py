@@ -26,6 +26,7 @@ from vgjax.errors import UserError
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
 from vgjax.models.text import TextEncoder
+from vgjax.nn.codec import stats_of
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
 from vgjax.typing import PyTree
@@ -235,8 +236,7 @@ def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
     vae = model("config.model", config.model, jnp.float32)
     wanted = jax.eval_shape(lambda: sharding.unboxed(vae.init(jax.random.key(0), clip)["params"]))
     checkpoint.check_leaves(tree["ema"]["vae"], wanted, path)
-    stats = causal_vae.LatentStats(*(jnp.asarray(row, jnp.float32) for row in meta["stats"]))
-    return config, {"vae": tree["ema"]["vae"], "stats": stats}
+    return config, {"vae": tree["ema"]["vae"], "stats": stats_of(meta["stats"])}
 
 
 def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:

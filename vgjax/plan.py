@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from vgjax import experiment, flops, hlo, layouts, program, sample, sharding, state, step, topology
 from vgjax.errors import UserError, door
-from vgjax.models.causal_vae import LatentStats
+from vgjax.nn.codec import LatentStats
 from vgjax.topology import Topology
 from vgjax.typing import PyTree
 

@@ -25,9 +25,9 @@ from vgjax.errors import UserError, door
 from vgjax.families.sampler import OpenSampler, is_open, peak
 from vgjax.families.store import Store
 from vgjax.flow.guidance import cfg as guide
-from vgjax.flow.path import sample_keys
+from vgjax.flow.path import noise
 from vgjax.flow.steppers import STEPPERS, integrate
-from vgjax.models.causal_vae import decode_tiled, from_unit
+from vgjax.nn.codec import decode_tiled, from_unit
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import to_uint8
 from vgjax.storage import writing
@@ -146,8 +146,7 @@ def integrated(
     index: Array,
     key: Array,
 ) -> Array:
-    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(sample_keys(key, index))
-    return follow(objective, use, params, text, mask, noise)
+    return follow(objective, use, params, text, mask, noise(key, index, shape))
 
 
 def follow(

@@ -92,6 +92,23 @@ def norm(theirs: str, ours: str, bias: bool = True) -> Table:
     return {f"{theirs}.weight": Part(f"{ours}/scale")} | ({f"{theirs}.bias": Part(f"{ours}/bias")} if bias else {})
 
 
+def mlp(up: str, down: str, ours: str, bias: bool = True) -> Table:
+    """Two torch Linears and our MLP."""
+    return linear(up, f"{ours}/up", bias) | linear(down, f"{ours}/down", bias)
+
+
+def heads(theirs: str, ours: str, at: int, bias: bool = True, order: Any = None) -> Table:
+    """A torch Linear whose features are heads, and one of the projections of our kernel and bias."""
+    table: Table = {f"{theirs}.weight": Part(f"{ours}/kernel", "d h k -> (h k) d", at, order)}
+    return table | ({f"{theirs}.bias": Part(f"{ours}/bias", "h k -> (h k)", at, order)} if bias else {})
+
+
+def merge(theirs: str, ours: str, bias: bool = True) -> Table:
+    """A torch Linear that takes heads, and our Merge."""
+    table: Table = {f"{theirs}.weight": Part(f"{ours}/kernel", "h k d -> d (h k)")}
+    return table | ({f"{theirs}.bias": Part(f"{ours}/bias")} if bias else {})
+
+
 def expect(config: Mapping[str, Any], **wanted: Any) -> None:
     """A `UserError` where a published config asks for another architecture than the one that is written here."""
     for key, value in wanted.items():

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import open_models
+import parity
 import pytest
 import torch
 
@@ -46,10 +47,6 @@ def latents(pair, settings, texts, noise):
     return pair[1].latents(texts, noise, settings, ())
 
 
-def near(ours, theirs, bound):
-    np.testing.assert_allclose(ours, np.asarray(theirs), rtol=0, atol=bound * np.std(np.asarray(theirs)))
-
-
 def test_prompts_become_the_published_embeddings(pair, texts):
     pipe, _ = pair
     with torch.no_grad():
@@ -57,8 +54,8 @@ def test_prompts_become_the_published_embeddings(pair, texts):
     (ours, ours_mask, ours_vec), negative = texts
     assert negative is None and 8 < mask.sum(dim=1).min() < 256
     np.testing.assert_array_equal(ours_mask, mask.bool())
-    near(np.asarray(ours)[np.asarray(ours_mask)], c[mask.bool()], 1e-4)
-    near(ours_vec, vec, 1e-4)
+    parity.near(np.asarray(ours)[np.asarray(ours_mask)], c[mask.bool()], 1e-4, 1e-4)
+    parity.near(ours_vec, vec, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -67,12 +64,12 @@ def test_eight_steps_give_the_latents_and_frames_of_the_reference(pair, settings
     use = dataclasses.replace(settings, cfg=(cfg,))
     given = hunyuan_video.embed(sampler.store, PROMPTS, use, "bad, blurry")
     asked = dict(num_inference_steps=8, height=32, width=48, num_frames=21, true_cfg_scale=cfg)
-    asked |= dict(negative_prompt=["bad, blurry"] * 2, latents=open_models.to_torch(noise))
+    asked |= dict(negative_prompt=["bad, blurry"] * 2, latents=parity.to_torch(noise))
     theirs = pipe(PROMPTS, output_type="latent", **asked).frames
     ours = sampler.latents(given, noise, use, ())
-    near(ours, open_models.of_torch(theirs), 1e-3)
+    parity.near(ours, parity.of_torch(theirs), 1e-3, 1e-3)
     frames = pipe(PROMPTS, output_type="np", **asked).frames
-    near(np.clip(sampler.frames(ours) / 2 + 0.5, 0, 1), frames, 1e-3)
+    parity.near(np.clip(sampler.frames(ours) / 2 + 0.5, 0, 1), frames, 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize("kind", layouts.LAYOUTS)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import open_models
+import parity
 import pytest
 import torch
 from conftest import program
@@ -47,17 +48,13 @@ def picture():
     return np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
 
 
-def near(ours, theirs, bound):
-    np.testing.assert_allclose(ours, np.asarray(theirs), rtol=0, atol=bound * np.std(np.asarray(theirs)))
-
-
 def test_prompts_become_the_published_embeddings(pairs):
     pipe, sampler = pairs("text")
     with torch.no_grad():
         c, other = pipe.encode_prompt(PROMPTS, "bad, blurry", max_sequence_length=512)
     ours, negative = wan.embed(sampler.store, PROMPTS, wan.settings(sampler.store), "bad, blurry")
-    near(ours, c, 1e-4)
-    near(negative, other, 1e-4)
+    parity.near(ours, c, 1e-4, 1e-4)
+    parity.near(negative, other, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,13 +67,13 @@ def test_eight_steps_give_the_latents_and_frames_of_the_reference(pairs, picture
     image = picture if "image" in kind else None
     texts, given = wan.embed(store, PROMPTS, use, "bad, blurry"), wan.condition(store, image, 5, SIZE)
     asked = dict(prompt=PROMPTS, negative_prompt=["bad, blurry"] * 2, num_inference_steps=8, num_frames=5)
-    asked |= dict(height=SIZE[0], width=SIZE[1], latents=open_models.to_torch(noise), guidance_scale=cfg[0])
+    asked |= dict(height=SIZE[0], width=SIZE[1], latents=parity.to_torch(noise), guidance_scale=cfg[0])
     asked |= dict(guidance_scale_2=cfg[1]) if len(cfg) > 1 else {}
     asked |= dict(image=Image.fromarray(picture)) if image is not None else {}
     ours = sampler.latents(texts, noise, use, given)
-    near(ours, open_models.of_torch(pipe(output_type="latent", **asked).frames), 1e-3)
+    parity.near(ours, parity.of_torch(pipe(output_type="latent", **asked).frames), 1e-3, 1e-3)
     frames = pipe(output_type="np", **asked).frames
-    near(np.clip(sampler.frames(ours) / 2 + 0.5, 0, 1), frames, 1e-3)
+    parity.near(np.clip(sampler.frames(ours) / 2 + 0.5, 0, 1), frames, 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize("kind", layouts.LAYOUTS)

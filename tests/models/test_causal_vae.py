@@ -12,6 +12,7 @@ from vgjax.errors import UserError
 from vgjax.metrics.psnr import psnr
 from vgjax.models import causal_vae
 from vgjax.models.causal_vae import SIZES, CausalVAE
+from vgjax.nn import codec
 from vgjax.sharding import unboxed
 
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, latent_channels=4)
@@ -72,7 +73,7 @@ def test_an_image_is_the_first_frame_of_a_video(trained):
 @pytest.mark.parametrize("chunk", [4, 8, 12])
 def test_streaming_encode_equals_whole(trained, chunk):
     model, params, video, whole = trained
-    for part, all_ in zip(causal_vae.encode_stream(model, params, video, chunk), whole, strict=True):
+    for part, all_ in zip(codec.encode_stream(model, params, video, chunk), whole, strict=True):
         scale = jnp.max(jnp.abs(all_))
         np.testing.assert_allclose(part / scale, all_ / scale, atol=1e-5)
 
@@ -81,7 +82,7 @@ def test_streaming_encode_equals_whole(trained, chunk):
 def test_streaming_decode_equals_whole(trained, chunk):
     model, params, _, (mean, _) = trained
     whole = decode(model, params, mean)
-    part = causal_vae.decode_stream(model, params, mean, chunk)
+    part = codec.decode_stream(model, params, mean, chunk)
     scale = jnp.max(jnp.abs(whole))
     np.testing.assert_allclose(part / scale, whole / scale, atol=1e-5)
 
@@ -96,9 +97,9 @@ def shallow():
 def test_tiles_with_enough_overlap_equal_the_whole(shallow):
     model, params = shallow
     z, video = normal(1, 1, 2, 40, 20, 2), normal(2, 1, 2, 80, 40, 3)
-    tiled = causal_vae.decode_tiled(model, params, z, tile=24, overlap=16)
+    tiled = codec.decode_tiled(model, params, z, tile=24, overlap=16)
     np.testing.assert_allclose(tiled, decode(model, params, z), rtol=1e-4, atol=1e-5)
-    means, logvars = causal_vae.encode_tiled(model, params, video, tile=24, overlap=16)
+    means, logvars = codec.encode_tiled(model, params, video, tile=24, overlap=16)
     mean, logvar = encode(model, params, video)
     np.testing.assert_allclose(means, mean, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logvars, logvar, rtol=1e-4, atol=1e-4)
@@ -108,7 +109,7 @@ def test_tiles_with_little_overlap_equal_the_whole_away_from_seams_and_nearly_at
     model, params = shallow
     z = normal(1, 1, 1, 40, 8, 2)
     whole = decode(model, params, z)
-    error = jnp.max(jnp.abs(causal_vae.decode_tiled(model, params, z, tile=24, overlap=8) - whole), axis=(0, 1, 3, 4))
+    error = jnp.max(jnp.abs(codec.decode_tiled(model, params, z, tile=24, overlap=8) - whole), axis=(0, 1, 3, 4))
     seam = np.zeros(80, bool)
     seam[2 * 16 : 2 * 24] = True
     assert jnp.max(error[~seam]) < 1e-5
@@ -120,8 +121,8 @@ def test_tiles_of_a_pointwise_map_leave_no_seam(tile, overlap):
     model = CausalVAE(width=4, multipliers=(1,), blocks=0, time=(), space=(), latent_channels=3)
     params = unboxed(model.init(jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3))))["params"]  # the identity, untrained
     z = normal(1, 1, 2, 21, 17, 3)
-    np.testing.assert_allclose(causal_vae.decode_tiled(model, params, z, tile, overlap), z, atol=1e-6)
-    ones = causal_vae.decode_tiled(model, params, jnp.ones_like(z), tile, overlap)
+    np.testing.assert_allclose(codec.decode_tiled(model, params, z, tile, overlap), z, atol=1e-6)
+    ones = codec.decode_tiled(model, params, jnp.ones_like(z), tile, overlap)
     np.testing.assert_allclose(ones, 1.0, atol=1e-6)
 
 
@@ -184,11 +185,11 @@ def test_an_untrained_tiny_model_already_shows_the_clip():
 
 def test_unit_latents_have_zero_mean_and_unit_variance_and_come_back():
     z = 3.0 + normal(0, 4, 3, 8, 8, 2) * jnp.asarray([0.1, 7.0])
-    stats = causal_vae.latent_stats(z)
-    unit = causal_vae.to_unit(z, stats)
+    stats = codec.latent_stats(z)
+    unit = codec.to_unit(z, stats)
     np.testing.assert_allclose(jnp.mean(unit, axis=(0, 1, 2, 3)), 0.0, atol=1e-5)
     np.testing.assert_allclose(jnp.std(unit, axis=(0, 1, 2, 3)), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(causal_vae.from_unit(unit, stats), z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(codec.from_unit(unit, stats), z, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +214,8 @@ def test_strides_tiles_and_chunks_that_do_not_fit_are_user_errors(shallow):
     with pytest.raises(UserError, match="latent_channels is 13: .* from 1 to 12"):
         jax.eval_shape(model.clone(latent_channels=13).init, jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))
     with pytest.raises(UserError, match="try 4"):
-        causal_vae.encode_stream(MODELS["strided"], {}, jnp.zeros((1, 5, 8, 8, 3)), 3)
+        codec.encode_stream(MODELS["strided"], {}, jnp.zeros((1, 5, 8, 8, 3)), 3)
     with pytest.raises(UserError, match="at least 1 latent frame"):
-        causal_vae.decode_stream(model, params, jnp.zeros((1, 2, 8, 8, 2)), 0)
+        codec.decode_stream(model, params, jnp.zeros((1, 2, 8, 8, 2)), 0)
     with pytest.raises(UserError, match="tiles of 4 latent positions cannot overlap by 4"):
-        causal_vae.decode_tiled(model, params, jnp.zeros((1, 2, 8, 8, 2)), 4, 4)
+        codec.decode_tiled(model, params, jnp.zeros((1, 2, 8, 8, 2)), 4, 4)

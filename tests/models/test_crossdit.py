@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from einops import rearrange
 
 from vgjax.errors import UserError
 from vgjax.models.crossdit import SIZES, CrossDiT, weights
@@ -74,14 +73,13 @@ def torch_of(x, t, c, mask, vec=None, guidance=None, image=None):
     """Arguments of the reference; its text is 512 tokens where there is an image, and its times are per token."""
     import torch
 
-    x = rearrange(np.asarray(x), "b t h w c -> b c t h w")
-    t = np.asarray(1000 * t)
+    x, t = parity.to_torch(x), np.asarray(1000 * t)
     if t.ndim == 2:
         t = np.repeat(t, x.shape[3] * x.shape[4] // 4, axis=1)
-    given = dict(hidden_states=x, timestep=t, encoder_hidden_states=np.asarray(c))
+    given = dict(timestep=t, encoder_hidden_states=c)
     if image is not None:
-        given["encoder_hidden_states_image"] = np.asarray(image)
-    return {name: torch.tensor(a) for name, a in given.items()}
+        given["encoder_hidden_states_image"] = image
+    return {"hidden_states": x} | {name: torch.tensor(np.asarray(a)) for name, a in given.items()}
 
 
 PARITY = {
@@ -104,7 +102,7 @@ def test_equals_diffusers_wan_with_the_same_weights(case):
     with torch.no_grad():
         expected = theirs(**torch_of(*given)).sample
     v = jax.jit(model.apply)({"params": parity.load(weights(model), model, theirs, *given)}, *given)
-    parity.near(v, rearrange(expected.numpy(), "b c t h w -> b t h w c"))
+    parity.near(v, parity.of_torch(expected))
 
 
 def test_gradients_equal_those_of_torch():

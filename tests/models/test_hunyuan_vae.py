@@ -16,8 +16,9 @@ from flax import linen as nn
 from vgjax import layouts, sharding
 from vgjax.attention import full
 from vgjax.errors import UserError
-from vgjax.models import causal_vae, hunyuan_vae
-from vgjax.models.hunyuan_vae import SCALING, SIZES, FrameAttention, HunyuanVAE, frame_causal, weights
+from vgjax.models import hunyuan_vae
+from vgjax.models.hunyuan_vae import SIZES, FrameAttention, HunyuanVAE, frame_causal, stats, weights
+from vgjax.nn import codec
 from vgjax.nn.causal import CausalConv3D
 from vgjax.nn.norm import GroupNorm
 from vgjax.sharding import unboxed
@@ -75,14 +76,6 @@ def both(model):
     return theirs, parity.load(weights(model), model, theirs, jnp.zeros((1, 1, 16, 16, 3)))
 
 
-def torch_of(x):
-    return torch.tensor(rearrange(np.asarray(x), "b t h w c -> b c t h w"))
-
-
-def ours_of(x):
-    return rearrange(x.detach().numpy(), "b c t h w -> b t h w c")
-
-
 def run(model, method, params, x):
     return jax.jit(lambda p, x: model.apply({"params": p}, x, method=method))(params, x)
 
@@ -97,10 +90,10 @@ def test_encodes_like_diffusers(case):
     theirs, params = both(model)
     video = normal(0, *shape, 3)
     with torch.no_grad():
-        posterior = theirs.encode(torch_of(video)).latent_dist
+        posterior = theirs.encode(parity.to_torch(video)).latent_dist
     mean, logvar = run(model, "encode", params, video)
-    parity.near(mean, ours_of(posterior.mean))
-    parity.near(logvar, ours_of(posterior.logvar))
+    parity.near(mean, parity.of_torch(posterior.mean))
+    parity.near(logvar, parity.of_torch(posterior.logvar))
     assert mean.shape == (shape[0], *model.latent_shape(*shape[1:])) and mean.dtype == logvar.dtype == jnp.float32
 
 
@@ -110,9 +103,9 @@ def test_decodes_like_diffusers(case):
     theirs, params = both(model)
     z = latents(model, shape)
     with torch.no_grad():
-        expected = theirs.decode(torch_of(z)).sample
+        expected = theirs.decode(parity.to_torch(z)).sample
     video = run(model, "decode", params, z)
-    parity.near(video, ours_of(expected))
+    parity.near(video, parity.of_torch(expected))
     assert video.shape == (*shape, 3) and video.dtype == jnp.float32
 
 
@@ -136,7 +129,7 @@ def test_gradients_are_those_of_torch(base):
     _, video, (value, gradients) = base
     theirs, _ = both(SMALL)
     theirs.zero_grad()
-    posterior = theirs.encode(torch_of(video)).latent_dist
+    posterior = theirs.encode(parity.to_torch(video)).latent_dist
     loss = 0.0
     for x in (theirs.decode(posterior.mean).sample, posterior.mean, posterior.logvar):
         x = rearrange(x, "b c t h w -> b t h w c")
@@ -171,7 +164,8 @@ def test_the_published_size_has_exactly_the_parameters_of_the_reference():
     }
     battery.every_leaf_has_names(params)
     assert recon.shape == video.shape and mean.shape == logvar.shape == (1, 2, 2, 3, 16)
-    assert (theirs.config.scaling_factor, model.time_factor, model.space_factor) == (SCALING, 4, 8)
+    assert (theirs.config.scaling_factor, model.time_factor, model.space_factor) == (0.476986, 4, 8)
+    assert stats(theirs.config) == ([0.0] * 16, [1 / 0.476986] * 16)
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +235,14 @@ def test_longer_videos_go_in_overlapping_clips_as_in_diffusers(frames):
     video = normal(0, 1, frames, 16, 24, 3)
     z = latents(SMALL, video.shape[:-1])
     with torch.no_grad():
-        expected, posterior = theirs.decode(torch_of(z)).sample, theirs.encode(torch_of(video)).latent_dist
-    parity.near(hunyuan_vae.decode_clips(SMALL, params, z), ours_of(expected))
+        expected, posterior = (
+            theirs.decode(parity.to_torch(z)).sample,
+            theirs.encode(parity.to_torch(video)).latent_dist,
+        )
+    parity.near(hunyuan_vae.decode_clips(SMALL, params, z), parity.of_torch(expected))
     mean, logvar = hunyuan_vae.encode_clips(SMALL, params, video)
-    parity.near(mean, ours_of(posterior.mean))
-    parity.near(logvar, ours_of(posterior.logvar))
+    parity.near(mean, parity.of_torch(posterior.mean))
+    parity.near(logvar, parity.of_torch(posterior.logvar))
 
 
 def test_tiles_without_overlap_are_those_of_diffusers():
@@ -255,13 +252,16 @@ def test_tiles_without_overlap_are_those_of_diffusers():
     try:
         theirs.enable_tiling(**sides)
         with torch.no_grad():
-            expected, posterior = theirs.decode(torch_of(z)).sample, theirs.encode(torch_of(video)).latent_dist
+            expected, posterior = (
+                theirs.decode(parity.to_torch(z)).sample,
+                theirs.encode(parity.to_torch(video)).latent_dist,
+            )
     finally:
         theirs.disable_tiling()
-    decoded = causal_vae.decode_tiled(SMALL, params, z, tile=2, overlap=0)
-    parity.near(decoded, ours_of(expected))
-    means, _ = causal_vae.encode_tiled(SMALL, params, video, tile=2, overlap=0)
-    parity.near(means, ours_of(posterior.mean))
+    decoded = codec.decode_tiled(SMALL, params, z, tile=2, overlap=0)
+    parity.near(decoded, parity.of_torch(expected))
+    means, _ = codec.encode_tiled(SMALL, params, video, tile=2, overlap=0)
+    parity.near(means, parity.of_torch(posterior.mean))
     whole = run(SMALL, "decode", params, z)
     assert 0.01 < jnp.std(decoded - whole) / jnp.std(whole)  # each tile has statistics of its own
 
@@ -269,9 +269,7 @@ def test_tiles_without_overlap_are_those_of_diffusers():
 def test_a_tile_as_large_as_the_picture_is_the_whole(trained):
     params, _, z = trained
     whole = run(MODEL, "decode", params, z)
-    np.testing.assert_allclose(
-        causal_vae.decode_tiled(MODEL, params, z, tile=4, overlap=2), whole, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(codec.decode_tiled(MODEL, params, z, tile=4, overlap=2), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel,stride", [((3, 3, 3), (1, 1, 1)), ((3, 3, 3), (2, 2, 2)), ((1, 5, 5), (1, 1, 1))])
@@ -350,7 +348,7 @@ def test_a_model_that_cannot_be_is_a_user_error(fields, words):
 
 def test_a_stream_is_refused(trained):
     params, video, z = trained
-    for stream, x, chunk in ((causal_vae.encode_stream, video, 4), (causal_vae.decode_stream, z, 1)):
+    for stream, x, chunk in ((codec.encode_stream, video, 4), (codec.decode_stream, z, 1)):
         with pytest.raises(UserError, match="cannot go on with a stream"):
             jax.eval_shape(functools.partial(stream, MODEL, chunk=chunk), params, x)
 

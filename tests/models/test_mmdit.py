@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from einops import rearrange
 
 from vgjax.errors import UserError
 from vgjax.models.mmdit import SIZES, MMDiT, weights
@@ -176,9 +175,8 @@ def test_13b_has_exactly_the_parameters_of_hunyuan_video():
 def torch_of(x, t, c, mask, vec, guidance=None):
     import torch
 
-    x = rearrange(x, "b t h w c -> b c t h w")
-    given = (x, 1000 * t, c, mask, vec, *(() if guidance is None else (1000 * guidance,)))
-    return [torch.tensor(np.asarray(a)) for a in given]
+    given = (1000 * t, c, mask, vec, *(() if guidance is None else (1000 * guidance,)))
+    return [parity.to_torch(x), *(torch.tensor(np.asarray(a)) for a in given)]
 
 
 PARITY = {
@@ -204,7 +202,7 @@ def test_equals_diffusers_hunyuan_video_with_the_same_weights(case):
     with torch.no_grad():
         expected = theirs(*torch_of(*given)).sample
     v = jax.jit(model.apply)({"params": parity.load(weights(model), model, theirs, *given)}, *given)
-    parity.near(v, rearrange(expected.numpy(), "b c t h w -> b t h w c"))
+    parity.near(v, parity.of_torch(expected))
 
 
 def test_gradients_equal_those_of_torch():

@@ -13,8 +13,8 @@ from einops import rearrange
 from vgjax import layouts, sharding
 from vgjax import weights as tables
 from vgjax.errors import UserError
-from vgjax.models import causal_vae
-from vgjax.models.wan_vae import LATENTS_MEAN, LATENTS_STD, SIZES, WanVAE, weights
+from vgjax.models.wan_vae import SIZES, WanVAE, stats, weights
+from vgjax.nn import codec
 
 # Each with the video (batch, frames, height, width) that it is compared on.
 CASES = {
@@ -78,9 +78,8 @@ def random_reference(model):
 
 def run(theirs, video):
     """`(reconstruction of the mean, mean, logvar)` of the reference, with gradients."""
-    import torch
 
-    posterior = theirs.encode(torch.tensor(rearrange(np.asarray(video), "b t h w c -> b c t h w"))).latent_dist
+    posterior = theirs.encode(parity.to_torch(video)).latent_dist
     out = theirs.decode(posterior.mean).sample, posterior.mean, posterior.logvar
     assert out[0].abs().max() < 1
     return out
@@ -88,7 +87,7 @@ def run(theirs, video):
 
 def is_near(ours, theirs):
     for own, other in zip(ours, theirs, strict=True):
-        parity.near(own, rearrange(other.detach().numpy(), "b c t h w -> b t h w c"))
+        parity.near(own, parity.of_torch(other))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,8 +156,9 @@ def test_sizes_and_statistics_of_2_1_are_the_defaults_of_the_reference():
     assert model.multipliers == tuple(defaults["dim_mult"].default)
     assert model.time == tuple(1 + flag for flag in defaults["temperal_downsample"].default)
     assert model.blocks == defaults["num_res_blocks"].default
-    assert LATENTS_MEAN["wan2.1"] == tuple(defaults["latents_mean"].default)
-    assert LATENTS_STD["wan2.1"] == tuple(defaults["latents_std"].default)
+    mean, std = (tuple(defaults[name].default) for name in ("latents_mean", "latents_std"))
+    assert tuple(map(tuple, stats({"latents_mean": mean, "latents_std": std}))) == (mean, std)
+    assert len(mean) == len(std) == model.latent_channels
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -186,14 +186,14 @@ def is_the_same(ours, whole):
 @pytest.mark.parametrize("chunk", [4, 8])
 def test_streaming_encode_equals_whole(trained, chunk):
     model, params, video, whole, _ = trained
-    for part, all_ in zip(causal_vae.encode_stream(model, params, video, chunk), whole, strict=True):
+    for part, all_ in zip(codec.encode_stream(model, params, video, chunk), whole, strict=True):
         is_the_same(part, all_)
 
 
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_streaming_decode_equals_whole(trained, chunk):
     model, params, _, (mean, _), whole = trained
-    is_the_same(causal_vae.decode_stream(model, params, mean, chunk), whole)
+    is_the_same(codec.decode_stream(model, params, mean, chunk), whole)
 
 
 def test_a_stream_of_single_frames_equals_the_whole(trained):

@@ -8,9 +8,10 @@ import pytest
 from vgjax import sharding
 from vgjax.flow.path import Straight, sample_keys
 from vgjax.flow.time import LogitNormal, Shift
-from vgjax.models.causal_vae import CausalVAE, LatentStats
+from vgjax.models.causal_vae import CausalVAE
 from vgjax.models.mmdit import MMDiT
 from vgjax.models.text import TextEncoder
+from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
 
 VAE = CausalVAE(width=4, multipliers=(1, 2), blocks=1, time=(2,), space=(2,), patch=2, latent_channels=4)

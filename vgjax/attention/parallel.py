@@ -19,17 +19,20 @@ from vgjax.attention.segments import Segments, everyone, pad
 from vgjax.typing import Array, Float, Shaped
 
 TOKENS = ("batch", "tokens", "heads", None)
+WHOLE = ("batch", None, "heads", None)
 
 
 @dataclass(frozen=True)
 class Parallel:
     """`local` meets the other devices' tokens by itself (`Ulysses`, `Ring`), or needs none.
 
-    With no layout active there are no other devices, and `alone` serves.
+    keys: False where the keys are few (a caption's) and whole on every device: then nothing is sent. With no layout
+    active there are no other devices, and `alone` serves.
     """
 
     local: Any
     alone: Any = Full()
+    keys: bool = True
 
     def __call__(
         self,
@@ -42,11 +45,12 @@ class Parallel:
             return self.alone(q, k, v, segments)
         n, heads = q.shape[1:3]
         tokens = sharding.degree("tokens")
-        if segments is None and (n % tokens or k.shape[1] % tokens):
+        if segments is None and self.keys and (n % tokens or k.shape[1] % tokens):
             segments = everyone(len(q), n, k.shape[1])
-        q, k, v = (pad(fill(x), 2, sharding.degree("heads")) for x in (q, k, v))
-        ids = () if segments is None else segments.each(fill)[: 1 if segments.same else 2]
-        names = (TOKENS,) * 3 + (TOKENS[:2],) * len(ids)
+        of_k, spread = (TOKENS, fill) if self.keys else (WHOLE, lambda x: x)
+        q, k, v = (pad(x, 2, sharding.degree("heads")) for x in (fill(q), spread(k), spread(v)))
+        ids = () if segments is None else (fill(segments.q), *(() if segments.same else (spread(segments.kv),)))
+        names = (TOKENS, of_k, of_k, *(TOKENS[:2], of_k[:2])[: len(ids)])
 
         def one(q: Array, k: Array, v: Array, *ids: Array) -> Array:
             return self.local(q, k, v, Segments(ids[0], ids[-1]) if ids else None)
@@ -54,31 +58,7 @@ class Parallel:
         return sharding.local(one, names, q, k, v, *ids)[:, :n, :heads]
 
 
-@dataclass(frozen=True)
-class Cross:
-    """Spread tokens attend to few keys (a caption's), which every device holds whole: nothing is sent."""
-
-    local: Any = Full()
-
-    def __call__(
-        self,
-        q: Float[Array, "b n h k"],
-        k: Float[Array, "b m h k"],
-        v: Float[Array, "b m h k"],
-        segments: Segments | None = None,
-    ) -> Float[Array, "b n h k"]:
-        if not sharding.active():
-            return self.local(q, k, v, segments)
-        n, heads = q.shape[1:3]
-        q, k, v = (pad(x, 2, sharding.degree("heads")) for x in (fill(q), k, v))
-        ids = () if segments is None else (fill(segments.q), segments.kv)
-        whole = ("batch", None, "heads", None)
-        names = (TOKENS, whole, whole, *(TOKENS[:2], whole[:2])[: len(ids)])
-
-        def one(q: Array, k: Array, v: Array, *ids: Array) -> Array:
-            return self.local(q, k, v, Segments(*ids) if ids else None)
-
-        return sharding.local(one, names, q, k, v, *ids)[:, :n, :heads]
+CROSS = Parallel(Full(), keys=False)
 
 
 def fill(x: Shaped[Array, "b n *d"]) -> Shaped[Array, "b _ *d"]:

@@ -51,7 +51,7 @@ def embed(store: Store, prompts: Sequence[str], use: Settings, negative: str | N
 
 def states(store: Store, texts: Sequence[str]) -> tuple[Float[np.ndarray, "b m d"], np.ndarray]:
     """Llama's hidden states of the prompts in their template, and which of them are real."""
-    ids, mask = tokens(store, "tokenizer", [TEMPLATE.format(text) for text in texts], CROP + LENGTH)
+    ids, mask = store.tokens("tokenizer", [TEMPLATE.format(text) for text in texts], CROP + LENGTH)
     blocks = store.published("text_encoder")["num_hidden_layers"] - SKIPPED
     with store.here(), store.model("text_encoder", blocks=blocks, norm=False) as (model, params, _):
         c = fetch(jax.jit(model.apply)({"params": params}, ids, mask))
@@ -60,18 +60,10 @@ def states(store: Store, texts: Sequence[str]) -> tuple[Float[np.ndarray, "b m d
 
 def pooled(store: Store, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
     """CLIP's pooled vector of the prompts. It attends to all positions, padding too, as published."""
-    ids, mask = tokens(store, "tokenizer_2", texts, POOLED_LENGTH)
+    ids, mask = store.tokens("tokenizer_2", texts, POOLED_LENGTH)
     with store.here(), store.model("text_encoder_2") as (model, params, _):
         _, vec = jax.jit(model.apply)({"params": params}, ids, np.ones_like(mask))
         return fetch(vec).astype(np.float32)
-
-
-def tokens(store: Store, name: str, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask, padded on the right and cut to `length`."""
-    found = store.tokenizer(name)(
-        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-    )
-    return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
 
 
 def stages(store: Store, use: Settings) -> list[Stage]:

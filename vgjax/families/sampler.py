@@ -15,11 +15,11 @@ from vgjax.distributed import fetch
 from vgjax.errors import UserError
 from vgjax.families import hunyuan_video, wan
 from vgjax.families.stage import Settings
-from vgjax.families.store import INDEX, Store, latent_stats
+from vgjax.families.store import INDEX, Store
 from vgjax.flow.guidance import cfg as guide
-from vgjax.flow.path import sample_keys
+from vgjax.flow.path import noise
 from vgjax.flow.steppers import Euler, Velocity, integrate
-from vgjax.models.causal_vae import decode_tiled, from_unit
+from vgjax.nn.codec import decode_tiled, from_unit, stats_of
 from vgjax.objectives.vae import to_uint8
 from vgjax.typing import Array, Float, Params, PyTree, UInt8
 
@@ -64,7 +64,8 @@ class OpenSampler:
         shape = self.latent_shape(use)
         texts = family.embed(store, list(prompts), use, negative)
         given = family.condition(store, image, use.frames, use.size)
-        return self.decode(self.latents(texts, draw(seed, (len(prompts), *shape)), use, given), tile)
+        starts = noise(jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.uint32), shape)
+        return self.decode(self.latents(texts, starts, use, given), tile)
 
     def latent_shape(self, use: Settings) -> tuple[int, int, int, int]:
         """`t h w c` of a video's latents; a `UserError` for a size that the models cannot make."""
@@ -73,17 +74,16 @@ class OpenSampler:
         return shape
 
     def latents(
-        self, texts: tuple[PyTree, PyTree], noise: Float[Array, "n t h w c"], use: Settings, given: PyTree
+        self, texts: tuple[PyTree, PyTree], starts: Float[Array, "n t h w c"], use: Settings, given: PyTree
     ) -> Float[Array, "n t h w c"]:
-        """Unit-scale latents that `noise` becomes, stage by stage, one video at a time.
+        """Unit-scale latents that the noise `starts` becomes, stage by stage, one video at a time.
 
         texts: what `embed` made of the prompts, and of the negative prompts (None without guidance); given: what
         `condition` made of an image.
         """
         family = self.family
-        texts, given, each = jax.tree.map(
-            np.asarray, (texts, given, list(noise))
-        )  # on no device that is not of the mesh
+        # On the host: the devices of a layout take nothing that lies on one of them.
+        texts, given, each = jax.tree.map(np.asarray, (texts, given, list(starts)))
         for stage in family.stages(self.store, use):
             if len(stage.times) < 2:
                 continue
@@ -104,7 +104,7 @@ class OpenSampler:
         """Frames in about [-1, 1], one video at a time, as published or in tiles of `tile` latent positions a side."""
         parts = []
         with self.store.here(), self.store.model("vae") as (vae, params, meta):
-            for one in np.split(np.asarray(from_unit(z, latent_stats(meta))), len(z)):
+            for one in np.split(np.asarray(from_unit(z, stats_of(meta["stats"]))), len(z)):
                 one = self.store.put(one)
                 if tile and tile < max(one.shape[2:4]):
                     video = decode_tiled(vae, params, one, tile, tile // 4)
@@ -112,12 +112,6 @@ class OpenSampler:
                     video = self.family.decode(vae, params, one)
                 parts.append(fetch(video))
         return np.concatenate(parts)
-
-
-def draw(seed: int, shape: tuple[int, ...]) -> Float[Array, "n t h w c"]:
-    """Noise of each sample, from the seed and its place alone."""
-    keys = sample_keys(jax.random.key(seed), jnp.arange(shape[0], dtype=jnp.uint32))
-    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -2,19 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vgjax import checkpoint, published, sharding
 from vgjax.errors import UserError
 from vgjax.models import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
-from vgjax.models.causal_vae import LatentStats
 from vgjax.typing import Dtype, PyTree
 
 INDEX = "model_index.json"
@@ -88,14 +88,16 @@ class Store:
         """Whether the folder has this model."""
         return (self.folder / name / checkpoint.SUBDIR).is_dir()
 
-    def tokenizer(self, name: str) -> Any:
-        """A tokenizer of transformers, from its files alone."""
+    def tokens(self, name: str, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask by a tokenizer of transformers, from its files alone: padded and cut to `length`."""
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder / name} holds no tokenizer that transformers can read: {error}") from error
+        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
 
     def module(self, config: Mapping[str, Any], name: str, **changed: Any) -> nn.Module:
         """Our module of a published config, with some fields changed."""
@@ -159,8 +161,3 @@ def _first(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     few = jax.jit(lambda x: x[: wanted.shape[0]], out_shardings=leaf.sharding)(leaf)
     leaf.delete()
     return few
-
-
-def latent_stats(meta: Mapping[str, Any]) -> LatentStats:
-    """Mean and standard deviation of a VAE's latents, as published."""
-    return LatentStats(*(jnp.asarray(row, jnp.float32) for row in meta["stats"]))

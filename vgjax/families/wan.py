@@ -20,13 +20,12 @@ from PIL import Image
 from vgjax import published
 from vgjax.distributed import fetch
 from vgjax.errors import UserError
-from vgjax.families.hunyuan_video import tokens
 from vgjax.families.stage import Settings, Stage
-from vgjax.families.store import Store, latent_stats
+from vgjax.families.store import Store
 from vgjax.flow import schedule
 from vgjax.flow.path import reverse
 from vgjax.flow.steppers import Velocity
-from vgjax.models.causal_vae import decode_stream, encode_stream, to_unit
+from vgjax.nn.codec import decode_stream, encode_stream, stats_of, to_unit
 from vgjax.objectives.vae import from_uint8
 from vgjax.typing import Array, Float, Params, PyTree, UInt8
 
@@ -62,7 +61,7 @@ def embed(store: Store, prompts: Sequence[str], use: Settings, negative: str | N
     """
     other = clean(NEGATIVE if negative is None else negative)
     unique = list(dict.fromkeys([*map(clean, prompts), other]))
-    ids, mask = tokens(store, "tokenizer", unique, LENGTH)
+    ids, mask = store.tokens("tokenizer", unique, LENGTH)
     with store.here(), store.model("text_encoder") as (model, params, _):
         c = fetch(jax.jit(model.apply)({"params": params}, ids, mask)).astype(np.float32)
     c = np.where(mask[..., None], c, 0.0)
@@ -107,7 +106,7 @@ def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[i
     with store.here(), store.model("vae") as (vae, params, meta):
         mean, _ = encode_stream(vae, params, store.put(video), vae.time_factor)
         mean, behind = fetch(mean), vae.time_factor
-    z = np.asarray(to_unit(jnp.asarray(mean), latent_stats(meta)))
+    z = np.asarray(to_unit(jnp.asarray(mean), stats_of(meta["stats"])))
     if each:
         return {"first": z}
     shown = (np.arange(z.shape[1]) == 0).astype(np.float32)

@@ -43,6 +43,11 @@ def sample_keys(key: Key, index: UInt[Array, " b"]) -> Key:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
+def noise(key: Key, index: UInt[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """What each sample starts from, of its global index alone."""
+    return jax.vmap(lambda one: jax.random.normal(one, shape))(sample_keys(key, index))
+
+
 def reverse(network: Velocity) -> Velocity:
     """The velocity of a network that counts the other way: 1 is noise, and it points from data to noise."""
 

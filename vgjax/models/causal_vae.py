@@ -8,10 +8,8 @@ lies one linear map each, born as the cosine transform: the network starts as a 
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -19,10 +17,10 @@ from flax import linen as nn
 
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, Padding
-from vgjax.nn.codec import check_video
+from vgjax.nn.codec import check_video, latent_shape
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import shard
-from vgjax.typing import Array, Dtype, Float, Key, Params
+from vgjax.typing import Array, Dtype, Float, Key
 
 SIZES: dict[str, dict[str, Any]] = {
     # 4x4x4 with 16 channels: the quickstart's 9x32x32 clips become 3x8x8. Few, wide positions: that is where a CPU
@@ -107,9 +105,7 @@ class CausalVAE(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`t h w c` of the latents of one video."""
-        check_video(frames, height, width, self.time_factor, self.space_factor)
-        small = (1 + (frames - 1) // self.time_factor, height // self.space_factor, width // self.space_factor)
-        return (*small, self.latent_channels)
+        return latent_shape((frames, height, width), self.time_factor, self.space_factor, self.latent_channels)
 
 
 class Pyramid(nn.Module):
@@ -197,126 +193,3 @@ def cosines(key: Key, shape: tuple[int, ...], dtype: Dtype, volume: tuple[int, i
     gain = np.repeat(1.0 + 16.0 * frequency.ravel()[lowest], 3)[: len(basis), None]
     matrix = (basis * gain / math.prod(volume)).T if shape[-2] > shape[-1] else basis / gain
     return jnp.asarray(matrix, dtype)[None, None, None]
-
-
-class LatentStats(NamedTuple):
-    """Measured per-channel mean and standard deviation of latents."""
-
-    mean: Float[Array, " c"]
-    std: Float[Array, " c"]
-
-
-def latent_stats(means: Float[Array, "... c"]) -> LatentStats:
-    """Per-channel statistics of encoded means over everything but channels, fp32."""
-    axes = tuple(range(means.ndim - 1))
-    means = means.astype(jnp.float32)
-    return LatentStats(jnp.mean(means, axis=axes), jnp.maximum(jnp.std(means, axis=axes), 1e-6))
-
-
-def to_unit(z: Float[Array, "... c"], stats: LatentStats) -> Float[Array, "... c"]:
-    """Latents of zero mean and unit variance per channel, what the diffusion model sees."""
-    return (z - stats.mean) / stats.std
-
-
-def from_unit(z: Float[Array, "... c"], stats: LatentStats) -> Float[Array, "... c"]:
-    """The inverse of `to_unit`, what `decode` takes."""
-    return z * stats.std + stats.mean
-
-
-def encode_stream(
-    model: nn.Module, params: Params, video: Float[Array, "b t h w 3"], chunk: int
-) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
-    """`encode`, `chunk` frames at a time (a multiple of `time_factor`; the first chunk has one more)."""
-    if chunk < 1 or chunk % model.time_factor:
-        near = max(1, round(chunk / model.time_factor)) * model.time_factor
-        raise UserError(f"chunk {chunk} is not a multiple of the VAE's {model.time_factor} frames a latent; try {near}")
-    model.latent_shape(*video.shape[1:4])
-    means, logvars = zip(*_stream(model, "encode", params, video, chunk), strict=True)
-    return jnp.concatenate(means, axis=1), jnp.concatenate(logvars, axis=1)
-
-
-def decode_stream(
-    model: nn.Module, params: Params, z: Float[Array, "b s i j z"], chunk: int
-) -> Float[Array, "b t h w 3"]:
-    """`decode`, `chunk` latent frames at a time (the first chunk has one more)."""
-    if chunk < 1:
-        raise UserError(f"chunk {chunk}: a stream is decoded by at least 1 latent frame at a time")
-    return jnp.concatenate(_stream(model, "decode", params, z, chunk), axis=1)
-
-
-def _stream(model: nn.Module, method: str, params: Params, x: Array, chunk: int) -> list[Any]:
-    cache, outs = {}, []
-    for part in jnp.split(x, list(range(1 + chunk, x.shape[1], chunk)), axis=1):
-        out, cache = _apply(model, method, params, cache, part)
-        outs.append(out)
-    return outs
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: nn.Module, method: str, params: Params, cache: Params, x: Array) -> tuple[Any, Params]:
-    out, state = model.apply({"params": params, "cache": cache}, x, method=method, mutable=["cache"])
-    return out, state["cache"]
-
-
-def encode_tiled(
-    model: nn.Module, params: Params, video: Float[Array, "b t h w 3"], tile: int, overlap: int
-) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
-    """`encode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
-    model.latent_shape(*video.shape[1:4])
-
-    def encode(part: Array) -> Array:
-        return jnp.concatenate(_apply(model, "encode", params, {}, part)[0], axis=-1)
-
-    out = _tiled(encode, video, tile, overlap, model.space_factor, 1)
-    mean, logvar = jnp.split(out, 2, axis=-1)
-    return mean, logvar
-
-
-def decode_tiled(
-    model: nn.Module, params: Params, z: Float[Array, "b s i j z"], tile: int, overlap: int
-) -> Float[Array, "b t h w 3"]:
-    """`decode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
-    return _tiled(lambda part: _apply(model, "decode", params, {}, part)[0], z, tile, overlap, 1, model.space_factor)
-
-
-def _tiled(function: Callable[[Array], Array], x: Array, tile: int, overlap: int, before: int, after: int) -> Array:
-    """`function` on tiles, blended on the host; a latent position is `before` pixels of `x` and `after` of the result.
-
-    Of each overlap the outer quarters are context and only the middle half is blended, so that where a quarter covers
-    the receptive field the result is that of the whole.
-    """
-    if not 0 <= overlap < tile:
-        raise UserError(f"tiles of {tile} latent positions cannot overlap by {overlap}; try {tile // 2}")
-    spans = [_spans(size // before, tile, overlap) for size in x.shape[2:4]]
-    total = weight = None
-    for top, bottom in spans[0]:
-        for left, right in spans[1]:
-            out = np.asarray(function(x[:, :, top * before : bottom * before, left * before : right * before]))
-            if total is None:
-                height, width = (size // before * after for size in x.shape[2:4])
-                total = np.zeros((*out.shape[:2], height, width, out.shape[-1]), np.float32)
-                weight = np.zeros((height, width, 1), np.float32)
-            rows = _ramp(top, bottom, spans[0][-1][1], overlap, after)
-            window = (rows[:, None] * _ramp(left, right, spans[1][-1][1], overlap, after))[..., None]
-            here = (slice(top * after, bottom * after), slice(left * after, right * after))
-            total[:, :, *here] += window * out
-            weight[here] += window
-    return jnp.asarray(total / weight)
-
-
-def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Tiles of one size that cover `size`; the last one ends where it ends."""
-    tile = min(tile, size)
-    starts = [*range(0, size - tile, max(1, tile - overlap)), size - tile]
-    return [(start, start + tile) for start in starts]
-
-
-def _ramp(start: int, stop: int, size: int, overlap: int, scale: int) -> np.ndarray:
-    """Weights along one dim of a tile: 1, falling to 0 in the overlap with a neighbour, not at the picture's border."""
-    if not overlap:
-        return np.ones((stop - start) * scale, np.float32)
-    position = np.arange((stop - start) * scale, dtype=np.float32) + 0.5
-    inner = (overlap * scale / 4, overlap * scale / 2)
-    rise = np.clip((position - inner[0]) / inner[1], 0, 1) if start else 1.0
-    fall = np.clip((position[::-1] - inner[0]) / inner[1], 0, 1) if stop < size else 1.0
-    return np.ones_like(position) * rise * fall

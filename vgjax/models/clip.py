@@ -22,7 +22,7 @@ from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, linear, norm
+from vgjax.weights import Part, Table, expect, heads, linear, merge, mlp, norm
 
 # OpenCLIP's, without approximation; OpenAI's, by a logistic function.
 ACTS: dict[str, Callable[[Array], Array]] = {
@@ -232,8 +232,6 @@ def weights(model: CLIPText | CLIPVision, prefix: str | None = None) -> Table:
 def _of_block(theirs: str, ours: str) -> Table:
     table = norm(f"{theirs}.layer_norm1", f"{ours}/norm") | norm(f"{theirs}.layer_norm2", f"{ours}/norm_mlp")
     for at, name in enumerate("qkv"):
-        table[f"{theirs}.self_attn.{name}_proj.weight"] = Part(f"{ours}/qkv/kernel", "d h k -> (h k) d", at)
-        table[f"{theirs}.self_attn.{name}_proj.bias"] = Part(f"{ours}/qkv/bias", "h k -> (h k)", at)
-    table[f"{theirs}.self_attn.out_proj.weight"] = Part(f"{ours}/merge/kernel", "h k d -> d (h k)")
-    table[f"{theirs}.self_attn.out_proj.bias"] = Part(f"{ours}/merge/bias")
-    return table | linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/up") | linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/down")
+        table |= heads(f"{theirs}.self_attn.{name}_proj", f"{ours}/qkv", at)
+    table |= merge(f"{theirs}.self_attn.out_proj", f"{ours}/merge")
+    return table | mlp(f"{theirs}.mlp.fc1", f"{theirs}.mlp.fc2", f"{ours}/mlp")

@@ -16,10 +16,10 @@ from einops import rearrange, repeat
 from flax import linen as nn
 
 from vgjax.attention.full import Full
-from vgjax.attention.parallel import Cross, fill
+from vgjax.attention.parallel import CROSS, fill
 from vgjax.attention.segments import Segments, among
 from vgjax.errors import UserError
-from vgjax.nn import patch, rope
+from vgjax.nn import dit, patch, rope
 from vgjax.nn.embed import ScalarEmbed
 from vgjax.nn.heads import Heads, HeadsNorm, Merge
 from vgjax.nn.linear import Linear
@@ -29,7 +29,7 @@ from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, linear, norm
+from vgjax.weights import Part, Table, expect, heads, linear, merge, mlp, norm
 
 _14B: dict[str, Any] = dict(dim=5120, heads=40, inner=13824, blocks=40, channels=16, text_dim=4096, remat="full")
 SIZES: dict[str, dict[str, Any]] = {
@@ -129,14 +129,7 @@ class CrossDiT(nn.Module):
 
         table = Biases(2, self.dim, name="biases")(time)
         shift, scale = jnp.split(per_token(rearrange(table, "b s two d -> b s (two d)"), of_t), 2, axis=-1)
-        out = Linear(
-            math.prod(self.patch) * self.channels,
-            ("embed", None),
-            kernel_init=nn.initializers.zeros,
-            dtype=self.dtype,
-            name="velocity",
-        )(modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype))
-        return out[:, :n].astype(jnp.float32)
+        return dit.last(x, shift, scale, math.prod(self.patch) * self.channels, self.dtype)[:, :n]
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Video tokens of a latent grid `t h w`; a `UserError` where the patch does not divide it."""
@@ -149,15 +142,10 @@ class CrossDiT(nn.Module):
 
     def _check(self, x: Array, t: Array, c: Array, image: Array | None) -> tuple[int, int, int]:
         """The grid of patches; a `UserError` for sizes that do not fit each other."""
-        if self.dim % self.heads:
-            raise UserError(f"dim {self.dim} does not divide into heads {self.heads}")
-        rope.check(self._rope_dims(), self.dim // self.heads)
         wanted = {"channels + conditions": (self.channels + self.conditions, x), "text_dim": (self.text_dim, c)}
         if self.image_dim and image is not None:
             wanted["image_dim"] = (self.image_dim, image)
-        for name, (width, given) in wanted.items():
-            if given.shape[-1] != width:
-                raise UserError(f"{name} is {width} but the input has a last dim of {given.shape[-1]}")
+        dit.check(self.dim, self.heads, self._rope_dims, wanted)
         if bool(self.image_dim) != (image is not None):
             raise UserError(
                 f"image_dim is {self.image_dim}: the call must {'' if self.image_dim else 'not '}give an image"
@@ -218,7 +206,7 @@ class CrossAttention(nn.Module):
         total = 0.0
         for kind, (tokens, segments) in zip(("text", "image"), seen, strict=False):
             k, v = Heads(2, self.heads, dtype=self.dtype, name=f"{kind}_kv")(tokens)
-            total = total + Cross()(q, HeadsNorm(dtype=self.dtype, name=f"{kind}_norm")(k), v, segments)
+            total = total + CROSS(q, HeadsNorm(dtype=self.dtype, name=f"{kind}_norm")(k), v, segments)
         return Merge(x.shape[-1], dtype=self.dtype, name="merge")(total)
 
 
@@ -289,11 +277,11 @@ def weights(model: CrossDiT) -> Table:
     }
     table |= linear("proj_out", "velocity") | linear(f"{embed}.time_proj", "modulation")
     for name, ours in (("time_embedder", "time/mlp"), ("text_embedder", "text")):
-        table |= linear(f"{embed}.{name}.linear_1", f"{ours}/up") | linear(f"{embed}.{name}.linear_2", f"{ours}/down")
+        table |= mlp(f"{embed}.{name}.linear_1", f"{embed}.{name}.linear_2", ours)
     if model.image_dim:
         image = f"{embed}.image_embedder"
         table |= norm(f"{image}.norm1", "image/norm") | norm(f"{image}.norm2", "image/norm_out")
-        table |= linear(f"{image}.ff.net.0.proj", "image/mlp/up") | linear(f"{image}.ff.net.2", "image/mlp/down")
+        table |= mlp(f"{image}.ff.net.0.proj", f"{image}.ff.net.2", "image/mlp")
     return table | _of_block(model) if model.blocks else table
 
 
@@ -301,7 +289,8 @@ def _of_block(model: CrossDiT) -> Table:
     theirs, ours, cross = "blocks.{}", "blocks/block", "blocks/block/cross"
     table: Table = {f"{theirs}.scale_shift_table": Part(f"{ours}/biases/table", "s d -> 1 s d")}
     table |= norm(f"{theirs}.norm2", f"{cross}/norm")
-    table |= linear(f"{theirs}.ffn.net.0.proj", f"{ours}/mlp/up") | linear(f"{theirs}.ffn.net.2", f"{ours}/mlp/down")
+    table |= mlp(f"{theirs}.ffn.net.0.proj", f"{theirs}.ffn.net.2", f"{ours}/mlp")
+    table |= merge(f"{theirs}.attn1.to_out.0", f"{ours}/merge") | merge(f"{theirs}.attn2.to_out.0", f"{cross}/merge")
     turned = ("k", rope.interleaved)
     kinds = [
         ("attn1", f"{ours}/qkv", ("to_q", "to_k", "to_v"), turned),
@@ -319,12 +308,7 @@ def _of_block(model: CrossDiT) -> Table:
         norms.append(("attn2.norm_added_k", f"{cross}/image_norm", None))
     for attention, leaf, names, order in kinds:
         for at, name in enumerate(names):
-            own = None if name == "to_v" else order
-            table[f"{theirs}.{attention}.{name}.weight"] = Part(f"{leaf}/kernel", "d h k -> (h k) d", at, own)
-            table[f"{theirs}.{attention}.{name}.bias"] = Part(f"{leaf}/bias", "h k -> (h k)", at, own)
+            table |= heads(f"{theirs}.{attention}.{name}", leaf, at, order=None if name == "to_v" else order)
     for name, leaf, order in norms:
         table[f"{theirs}.{name}.weight"] = Part(f"{leaf}/scale", "h k -> (h k)", order=order)
-    for attention, leaf in (("attn1", f"{ours}/merge"), ("attn2", f"{cross}/merge")):
-        table[f"{theirs}.{attention}.to_out.0.weight"] = Part(f"{leaf}/kernel", "h k d -> d (h k)")
-        table[f"{theirs}.{attention}.to_out.0.bias"] = Part(f"{leaf}/bias")
     return table

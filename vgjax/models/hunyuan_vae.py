@@ -20,7 +20,7 @@ from vgjax import sharding
 from vgjax.attention.full import Full
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalUpsample
-from vgjax.nn.codec import check_video
+from vgjax.nn.codec import check_video, latent_shape, run
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.norm import GroupNorm
 from vgjax.sharding import shard
@@ -32,7 +32,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "hunyuan": dict(channels=(128, 256, 512, 512), blocks=2, groups=32, latent_channels=16)
 }
 CLIP, STRIDE = 16, 12  # frames of a clip, beside its first, and between the starts of two, as published
-SCALING = 0.476986  # the published latents times this have unit variance: `LatentStats(0, 1 / SCALING)`
 
 
 class HunyuanVAE(nn.Module):
@@ -85,9 +84,7 @@ class HunyuanVAE(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`t h w c` of the latents of one video."""
-        check_video(frames, height, width, self.time_factor, self.space_factor)
-        small = (1 + (frames - 1) // self.time_factor, height // self.space_factor, width // self.space_factor)
-        return (*small, self.latent_channels)
+        return latent_shape((frames, height, width), self.time_factor, self.space_factor, self.latent_channels)
 
     def _check_whole(self) -> None:
         if self.variables.get("cache"):
@@ -234,7 +231,7 @@ def encode_clips(
     model.latent_shape(*video.shape[1:4])
 
     def encode(part: Array) -> Array:
-        return jnp.concatenate(_apply(model, "encode", params, part), axis=-1)
+        return jnp.concatenate(run(model, "encode", params, {}, part)[0], axis=-1)
 
     factor = model.time_factor
     mean, logvar = jnp.split(_in_clips(encode, video, CLIP, STRIDE, CLIP // factor, STRIDE // factor), 2, axis=-1)
@@ -244,7 +241,10 @@ def encode_clips(
 def decode_clips(model: HunyuanVAE, params: Params, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w 3"]:
     """`decode` as published, in the clips of `encode_clips`."""
     factor = model.time_factor
-    decode = functools.partial(_apply, model, "decode", params)
+
+    def decode(part: Array) -> Array:
+        return run(model, "decode", params, {}, part)[0]
+
     return _in_clips(decode, z, CLIP // factor, STRIDE // factor, CLIP, STRIDE)
 
 
@@ -264,11 +264,6 @@ def _in_clips(
         parts.append(now[:, : stride_out + (not start)])
         before = now
     return jnp.concatenate(parts, axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: HunyuanVAE, method: str, params: Params, x: Array) -> Any:
-    return model.apply({"params": params}, x, method=method)
 
 
 def inputs(model: HunyuanVAE) -> tuple[jax.ShapeDtypeStruct, ...]:

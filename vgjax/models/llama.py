@@ -20,7 +20,7 @@ from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, linear, norm
+from vgjax.weights import Part, Table, expect, heads, linear, merge, norm
 
 _8B: dict[str, Any] = dict(vocab=128256, dim=4096, heads=32, kv_heads=8, inner=14336, blocks=32)
 SIZES: dict[str, dict[str, Any]] = {
@@ -129,8 +129,8 @@ def weights(model: Llama, prefix: str = "") -> Table:
     table |= norm(f"{theirs}.input_layernorm", f"{ours}/norm", bias=False)
     table |= norm(f"{theirs}.post_attention_layernorm", f"{ours}/norm_mlp", bias=False)
     for name, leaf, at in (("q", "q", 0), ("k", "kv", 0), ("v", "kv", 1)):
-        table[f"{theirs}.self_attn.{name}_proj.weight"] = Part(f"{ours}/{leaf}/kernel", "d h k -> (h k) d", at)
-    table[f"{theirs}.self_attn.o_proj.weight"] = Part(f"{ours}/merge/kernel", "h k d -> d (h k)")
+        table |= heads(f"{theirs}.self_attn.{name}_proj", f"{ours}/{leaf}", at, bias=False)
+    table |= merge(f"{theirs}.self_attn.o_proj", f"{ours}/merge", bias=False)
     for name in ("gate", "up", "down"):
         table |= linear(f"{theirs}.mlp.{name}_proj", f"{ours}/mlp/{name}", bias=False)
     return table

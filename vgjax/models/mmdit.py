@@ -20,7 +20,7 @@ from vgjax.attention.full import Full
 from vgjax.attention.parallel import fill, join, part
 from vgjax.attention.segments import among
 from vgjax.errors import UserError
-from vgjax.nn import patch, rope
+from vgjax.nn import dit, patch, rope
 from vgjax.nn.embed import ScalarEmbed
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.linear import Linear
@@ -30,7 +30,7 @@ from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Joined, Part, Table, expect, linear, norm
+from vgjax.weights import Joined, Part, Table, expect, heads, linear, merge, mlp, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": dict(
@@ -153,14 +153,7 @@ class MMDiT(nn.Module):
         x, _ = part(single(join(x, c), condition, turn, samples), text)
 
         shift, scale = Modulation(self.dim, 2, name="modulation")(condition, of_x)
-        out = Linear(
-            math.prod(self.patch) * self.channels,
-            ("embed", None),
-            kernel_init=nn.initializers.zeros,
-            dtype=self.dtype,
-            name="velocity",
-        )(modulate(LayerNorm(name="norm")(x), shift, scale, self.dtype))
-        return out[:, :n].astype(jnp.float32)
+        return dit.last(x, shift, scale, math.prod(self.patch) * self.channels, self.dtype)[:, :n]
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Video tokens of a latent grid `t h w`; a `UserError` where the patch does not divide it."""
@@ -171,13 +164,8 @@ class MMDiT(nn.Module):
 
     def _check(self, x: Array, c: Array, vec: Array, guidance: Array | None) -> tuple[int, int, int]:
         """The grid of patches; a `UserError` for sizes that do not fit each other."""
-        if self.dim % self.heads:
-            raise UserError(f"dim {self.dim} does not divide into heads {self.heads}")
-        rope.check(self._rope_dims(), self.dim // self.heads)
         wanted = {"channels": (self.channels, x), "text_dim": (self.text_dim, c), "pooled_dim": (self.pooled_dim, vec)}
-        for name, (width, given) in wanted.items():
-            if given.shape[-1] != width:
-                raise UserError(f"{name} is {width} but the input has a last dim of {given.shape[-1]}")
+        dit.check(self.dim, self.heads, self._rope_dims, wanted)
         if self.guidance != (guidance is not None):
             raise UserError(
                 f"guidance is {self.guidance}: the call must {'give' if self.guidance else 'not give'} a scale"
@@ -347,14 +335,14 @@ def weights(model: MMDiT) -> Table:
     swapped: Any = dict(order=("s", lambda n: np.arange(n)[::-1]), sizes=(("s", 2),))  # theirs: scale, then shift
     table["norm_out.linear.weight"] = Part("modulation/linear/kernel", "d (s e) -> (s e) d", **swapped)
     table["norm_out.linear.bias"] = Part("modulation/linear/bias", "(s e) -> (s e)", **swapped)
-    table |= _of_mlp("time_text_embed.timestep_embedder.linear_{}", "time/mlp")
-    table |= _of_mlp("time_text_embed.text_embedder.linear_{}", "pooled")
+    table |= _of_embed("time_text_embed.timestep_embedder", "time/mlp")
+    table |= _of_embed("time_text_embed.text_embedder", "pooled")
     if model.guidance:
-        table |= _of_mlp("time_text_embed.guidance_embedder.linear_{}", "guidance/mlp")
+        table |= _of_embed("time_text_embed.guidance_embedder", "guidance/mlp")
     table |= linear("context_embedder.proj_in", "refiner/tokens")
     if model.refiner_blocks:
-        table |= _of_mlp("context_embedder.time_text_embed.timestep_embedder.linear_{}", "refiner/time/mlp")
-        table |= _of_mlp("context_embedder.time_text_embed.text_embedder.linear_{}", "refiner/pooled")
+        table |= _of_embed("context_embedder.time_text_embed.timestep_embedder", "refiner/time/mlp")
+        table |= _of_embed("context_embedder.time_text_embed.text_embedder", "refiner/pooled")
         table |= _of_refiner("context_embedder.token_refiner.refiner_blocks.{}", "refiner/blocks/block")
     if model.double_blocks:
         table |= _of_double("transformer_blocks.{}", "double/block")
@@ -367,24 +355,18 @@ def _patches(model: MMDiT, leaf: str, dims: str) -> Part:
     return Part(leaf, dims, sizes=tuple(zip("pqr", model.patch, strict=True)))
 
 
-def _of_mlp(theirs: str, ours: str, ends: tuple[str, str] = ("1", "2")) -> Table:
-    up, down = (theirs.replace("{}", end) for end in ends)
-    return linear(up, f"{ours}/up") | linear(down, f"{ours}/down")
+def _of_embed(theirs: str, ours: str) -> Table:
+    return mlp(f"{theirs}.linear_1", f"{theirs}.linear_2", ours)
 
 
 def _of_qkv(theirs: str, ours: str, names: tuple[str, str, str], norms: tuple[str, str] | None, turned: bool) -> Table:
     table: Table = {}
     for at, name in enumerate(names):
         order = ("k", rope.interleaved) if turned and at < 2 else None
-        table[f"{theirs}.{name}.weight"] = Part(f"{ours}/kernel", "d h k -> (h k) d", at, order)
-        table[f"{theirs}.{name}.bias"] = Part(f"{ours}/bias", "h k -> (h k)", at, order)
+        table |= heads(f"{theirs}.{name}", ours, at, order=order)
     for name, own in zip(norms or (), ("norm_q", "norm_k"), strict=False):
         table[f"{theirs}.{name}.weight"] = Part(f"{ours}/{own}/scale", "k -> k", order=("k", rope.interleaved))
     return table
-
-
-def _of_merge(theirs: str, ours: str) -> Table:
-    return {f"{theirs}.weight": Part(f"{ours}/kernel", "h k d -> d (h k)"), f"{theirs}.bias": Part(f"{ours}/bias")}
 
 
 def _of_double(theirs: str, ours: str) -> Table:
@@ -393,11 +375,10 @@ def _of_double(theirs: str, ours: str) -> Table:
     table |= linear(f"{theirs}.norm1_context.linear", f"{ours}/text/modulation/linear")
     table |= _of_qkv(f"{theirs}.attn", f"{ours}/video/qkv", own, ("norm_q", "norm_k"), turned=True)
     table |= _of_qkv(f"{theirs}.attn", f"{ours}/text/qkv", added, ("norm_added_q", "norm_added_k"), turned=True)
-    table |= _of_merge(f"{theirs}.attn.to_out.0", f"{ours}/video/merge")
-    table |= _of_merge(f"{theirs}.attn.to_add_out", f"{ours}/text/merge")
+    table |= merge(f"{theirs}.attn.to_out.0", f"{ours}/video/merge")
+    table |= merge(f"{theirs}.attn.to_add_out", f"{ours}/text/merge")
     for name, stream in (("ff", "video"), ("ff_context", "text")):
-        table |= linear(f"{theirs}.{name}.net.0.proj", f"{ours}/{stream}/mlp/up")
-        table |= linear(f"{theirs}.{name}.net.2", f"{ours}/{stream}/mlp/down")
+        table |= mlp(f"{theirs}.{name}.net.0.proj", f"{theirs}.{name}.net.2", f"{ours}/{stream}/mlp")
     return table
 
 
@@ -417,7 +398,5 @@ def _of_refiner(theirs: str, ours: str) -> Table:
     table = norm(f"{theirs}.norm1", f"{ours}/norm") | norm(f"{theirs}.norm2", f"{ours}/norm_mlp")
     table |= linear(f"{theirs}.norm_out.linear", f"{ours}/modulation/linear")
     table |= _of_qkv(f"{theirs}.attn", f"{ours}/qkv", ("to_q", "to_k", "to_v"), None, turned=False)
-    table |= _of_merge(f"{theirs}.attn.to_out.0", f"{ours}/merge")
-    return (
-        table | linear(f"{theirs}.ff.net.0.proj", f"{ours}/mlp/up") | linear(f"{theirs}.ff.net.2", f"{ours}/mlp/down")
-    )
+    table |= merge(f"{theirs}.attn.to_out.0", f"{ours}/merge")
+    return table | mlp(f"{theirs}.ff.net.0.proj", f"{theirs}.ff.net.2", f"{ours}/mlp")

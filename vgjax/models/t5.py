@@ -21,7 +21,7 @@ from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
 from vgjax.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, linear, norm
+from vgjax.weights import Part, Table, expect, heads, linear, merge, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     "t5-xxl": dict(vocab=32128, dim=4096, heads=64, inner=10240, blocks=24),
@@ -144,8 +144,8 @@ def weights(model: T5Encoder) -> Table:
     table |= norm(f"{theirs}.0.layer_norm", f"{ours}/norm", bias=False)
     table |= norm(f"{theirs}.1.layer_norm", f"{ours}/norm_mlp", bias=False)
     for at, name in enumerate("qkv"):
-        table[f"{theirs}.0.SelfAttention.{name}.weight"] = Part(f"{ours}/qkv/kernel", "d h k -> (h k) d", at)
-    table[f"{theirs}.0.SelfAttention.o.weight"] = Part(f"{ours}/merge/kernel", "h k d -> d (h k)")
+        table |= heads(f"{theirs}.0.SelfAttention.{name}", f"{ours}/qkv", at, bias=False)
+    table |= merge(f"{theirs}.0.SelfAttention.o", f"{ours}/merge", bias=False)
     for name, leaf in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
         table |= linear(f"{theirs}.1.DenseReluDense.{name}", f"{ours}/mlp/{leaf}", bias=False)
     return table

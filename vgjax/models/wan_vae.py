@@ -19,7 +19,7 @@ from flax import linen as nn
 from vgjax.attention.full import Full
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, started
-from vgjax.nn.codec import check_video
+from vgjax.nn.codec import check_video, latent_shape
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import shard
@@ -31,19 +31,6 @@ SIZES: dict[str, dict[str, Any]] = {
     # Of the 5-billion model; 4x16x16.
     "wan2.2": dict(width=160, decoder_width=256, latent_channels=48, patch=2, shortcuts=True),
 }
-# What latents of Wan 2.1 are normalised with; those of 2.2 come with its weights.
-LATENTS_MEAN = {
-    "wan2.1": (
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ),
-}  # fmt: skip
-LATENTS_STD = {
-    "wan2.1": (
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ),
-}  # fmt: skip
 # Small activations are not damped: the published norm holds the length of a position above 1e-12, nothing more.
 EPS = 1e-24
 
@@ -116,9 +103,7 @@ class WanVAE(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`t h w c` of the latents of one video."""
-        check_video(frames, height, width, self.time_factor, self.space_factor)
-        small = (1 + (frames - 1) // self.time_factor, height // self.space_factor, width // self.space_factor)
-        return (*small, self.latent_channels)
+        return latent_shape((frames, height, width), self.time_factor, self.space_factor, self.latent_channels)
 
 
 def _check_shortcuts(half: str, channels: tuple[int, ...], volumes: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from vgjax.flow.path import Straight, precondition, sample_keys
 from vgjax.flow.steppers import Velocity
 from vgjax.flow.time import Shift, Uniform
 from vgjax.losses.mean import pair
-from vgjax.models.causal_vae import to_unit
+from vgjax.nn.codec import to_unit
 from vgjax.objectives.vae import from_uint8
 from vgjax.typing import Array, Bool, Float, Int, Key, Params, PyTree
 
