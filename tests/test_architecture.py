@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "objectives": GROUND | {"flow", "losses", "metrics", "models", "nn"},
     "weights": {"errors", "typing"},
     "published": {"errors", "storage"},
-    "families": GROUND | {"checkpoint", "distributed", "flow", "models", "nn", "objectives", "published", "weights"},
+    "families": GROUND
+    | {"checkpoint", "data", "distributed", "flow", "models", "nn", "objectives", "published", "storage", "weights"},
     "chips": set(),
     "flops": {"chips", "errors"},
     "hlo": set(),

@@ -1,12 +1,15 @@
 """Videos + captions to latents in ArrayRecord: `python -m vgjax.encode --checkpoint VAE --data FOLDER --out DIR`.
 
 A set of latents costs one pass over the videos and saves decoding and encoding in every later step. It remembers which
-VAE made it, and a model trained on it refuses any other.
+VAE made it, and a model trained on it refuses any other. Of a converted folder of open weights the text encoders read
+the captions too, and what they made of them lies beside the latents.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,70 @@ from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Folder, Latents, LatentWriter
 from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, door
+from vgjax.families.sampler import OpenSampler, is_open
+from vgjax.families.store import Store
+from vgjax.families.texts import embed, identity
 from vgjax.objectives.vae import from_uint8
 from vgjax.typing import PyTree
 
+CAPTIONS = 512  # read by the encoders at a time: more would fill the host's memory with embeddings
+Encode = Callable[[np.ndarray], np.ndarray]  # uint8 clips to latents, fp32
 
-def ensure(
-    source: Folder, config: ConfigDict, vae: Any, frozen: PyTree, out: Path, bad_files: Path, batch: int = 32
-) -> None:
-    """Writes the latents of every clip of `source` to `out` unless they are there, made by the same VAE."""
-    data = config.data
-    made_by = {
-        "vae": checkpoint.digest(frozen),
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A VAE that was trained here. Captions are left to the tokenizer."""
+
+    vae: Any
+    frozen: PyTree
+
+    def made_by(self) -> dict[str, str]:
+        return {"vae": checkpoint.digest(self.frozen)}
+
+    @contextlib.contextmanager
+    def encoder(self, batch: int = 32) -> Iterator[tuple[int, Encode]]:
+        """(clips at a time, function)."""
+        of = jax.jit(lambda params, x: self.vae.apply({"params": params}, from_uint8(x), method="encode")[0])
+
+        def encode(clips: np.ndarray) -> np.ndarray:
+            padded = np.concatenate([clips, np.repeat(clips[-1:], batch - len(clips), axis=0)])  # one compiled size
+            return np.asarray(of(self.frozen["vae"], padded), np.float32)[: len(clips)]
+
+        yield batch, encode
+
+    def read(self, captions: Sequence[str], writer: LatentWriter) -> None:
+        """Nothing: whoever trains on them reads them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """The VAE and the text encoders of a converted folder."""
+
+    store: Store
+
+    def made_by(self) -> dict[str, str]:
+        return {"vae": identity(self.store, "vae"), "text encoders": identity(self.store, "text_encoder", "tokenizer")}
+
+    @contextlib.contextmanager
+    def encoder(self) -> Iterator[tuple[int, Encode]]:
+        """(clips at a time, function); the VAE is on the devices until the end of the block."""
+        family = OpenSampler(self.store).family
+        with self.store.model("vae") as (vae, params, _):
+            yield 1, lambda clips: np.asarray(family.encode(vae, params, from_uint8(clips))[0], np.float32)
+
+    def read(self, captions: Sequence[str], writer: LatentWriter) -> None:
+        """Writes what the encoders make of the captions, and of the empty one that stands for a dropped one."""
+        family, unique = OpenSampler(self.store).family, list(dict.fromkeys([*captions, ""]))
+        for start in range(0, len(unique), CAPTIONS):
+            some = unique[start : start + CAPTIONS]
+            c, mask, vec = embed(self.store, family, some, keep=False)
+            for i, caption in enumerate(some):
+                writer.add_text(caption, (c[i], mask[i], None if vec is None else vec[i]))
+
+
+def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path, bad_files: Path) -> None:
+    """Writes the latents of every clip of `source` to `out` unless they are there, made by the same models."""
+    made_by = by.made_by() | {
         "frames": data.frames,
         "size": list(data.size),
         "fps": data.fps,
@@ -43,15 +99,15 @@ def ensure(
                 f"the latents in {out} were made with another {', '.join(other)}: delete the folder or give another one"
             )
         return
-    encode = jax.jit(lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0])
-    bad = BadFiles(bad_files, names(source))
+    bad, captions = BadFiles(bad_files, names(source)), []
     with LatentWriter(out, made_by) as writer:
-        for group in _groups(_readable(source, data, bad), batch):
-            clips = np.stack([example.array for example in group])
-            padded = np.concatenate([clips, np.repeat(clips[-1:], batch - len(clips), axis=0)])  # one compiled size
-            latents = np.asarray(encode(frozen["vae"], padded), np.float32)
-            for example, latent in zip(group, latents, strict=False):
-                writer.add(latent, example.caption, example.id)
+        with by.encoder() as (batch, encode):
+            for group in _groups(_readable(source, data, bad), batch):
+                latents = encode(np.stack([example.array for example in group]))
+                for example, latent in zip(group, latents, strict=True):
+                    writer.add(latent, example.caption, example.id)
+                    captions.append(example.caption)
+        by.read(captions, writer)
     bad.check(data.get("max_bad", 0.1))
     print(f"encoded {writer.count} of {len(source)} clips into {out}", flush=True)
 
@@ -72,7 +128,7 @@ def _groups(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
 @door
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m vgjax.encode", description="Encodes a folder of videos once.")
-    parser.add_argument("--checkpoint", required=True, help="workdir of a trained VAE")
+    parser.add_argument("--checkpoint", required=True, help="workdir of a trained VAE, or a converted folder")
     parser.add_argument("--data", required=True, help="folder of videos with captions")
     parser.add_argument("--out", required=True, help="folder for the latents")
     parser.add_argument("--frames", type=int, help="frames a clip, default: the VAE's training")
@@ -80,12 +136,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fps", type=float, help="default: the VAE's training")
     args = parser.parse_args(argv[1:])
     distributed.single("vgjax.encode")
-    config, frozen = experiment.frozen_vae(args.checkpoint)
+    folder, out = Path(args.checkpoint), Path(args.out)
+    if is_open(folder):
+        by, data = published(folder)
+    else:
+        config, frozen = experiment.frozen_vae(args.checkpoint)
+        dtype = experiment.compute_dtype(config.precision)
+        by, data = Trained(experiment.model("config.model", config.model, dtype), frozen), config.data
     given = {"frames": args.frames, "size": program.size_of(args.size), "fps": args.fps}
-    config.data.update({key: value for key, value in given.items() if value is not None})
-    vae = experiment.model("config.model", config.model, experiment.compute_dtype(config.precision))
-    out = Path(args.out)
-    ensure(Folder(Path(args.data)), config, vae, frozen, out, out.with_suffix(".bad_files.jsonl"))
+    data.update({key: value for key, value in given.items() if value is not None})
+    ensure(Folder(Path(args.data)), data, by, out, out.with_suffix(".bad_files.jsonl"))
+
+
+def published(folder: Path) -> tuple[Published, ConfigDict]:
+    """The models of a converted folder, and the clips that they are sampled as."""
+    store = Store(folder.absolute(), experiment.compute_dtype("auto"))
+    use = OpenSampler(store).family.settings(store)
+    return Published(store), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Show:
     def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: list, log: Log):
         self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
         self.flow = isinstance(built.objective, FlowObjective)
-        self.plan = experiment.call("config.evaluate", Plan, self.config.evaluate)
+        self.plan = experiment.call("config.evaluate", Plan, self.config.get("evaluate", {}))
         vae = self.built.vae
         self.encode = jax.jit(
             lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0]
@@ -230,6 +230,8 @@ def main(argv: list[str]) -> None:
         config.evaluate.path = args.data
     if config.data.kind == "folder" and not config.evaluate.get("path", ""):
         print(f"note: measured on the clips it was trained on, {config.data.path}: give --data for held-out ones")
+    if config.objective.kind == "finetune":
+        raise UserError(f"{args.checkpoint} is a finetuning, of which nothing is measured: sample it with vgjax.sample")
     if config.objective.kind == "flow":
         of_vae, frozen = experiment.frozen_vae(workdir / "vae")
     built = experiment.build(config, of_vae)

@@ -23,10 +23,13 @@ from vgjax import checkpoint, distributed, layouts, optim, sharding
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError
+from vgjax.families import tune
+from vgjax.families.store import of_model
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
 from vgjax.models.text import TextEncoder
 from vgjax.nn.codec import stats_of
+from vgjax.objectives.finetune import FinetuneObjective, Lora
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
 from vgjax.typing import PyTree
@@ -79,16 +82,36 @@ SECTIONS = {
     "vae": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"},
     "flow": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"}
     | {"tokenizer", "text", "time", "shift", "vae", "latents", "sample"},
+    "finetune": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout"}
+    | {"weights", "component", "lora", "time", "shift", "latents", "sample"},
 }
+KINDS = {module: kind for kind, (module, _) in MODELS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes, built: the objective with its modules, and how captions become tokens."""
+    """What a config describes, built: the objective with its modules, and how captions become tokens.
+
+    The captions of a finetuning are encoded before it: there is no tokenizer.
+    """
 
     config: ConfigDict
-    objective: FlowObjective | VAEObjective
-    tokenizer: text.Bytes | text.Words
+    objective: FlowObjective | FinetuneObjective | VAEObjective
+    tokenizer: text.Bytes | text.Words | None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters learn beside a frozen model."""
+        return isinstance(self.objective, FinetuneObjective) and self.objective.lora is not None
+
+    def texts(self, count: int) -> dict[str, PyTree]:
+        """Abstract `text` and `mask` of so many captions, as a batch has them."""
+        if isinstance(self.objective, FinetuneObjective):
+            text, length = self.objective.encoded(count), self.objective.length
+        else:
+            length = self.tokenizer.length
+            text = jax.ShapeDtypeStruct((count, length, self.tokenizer.hashes), jnp.int32)
+        return {"text": text, "mask": jax.ShapeDtypeStruct((count, length), jnp.bool_)}
 
     @property
     def vae(self) -> causal_vae.CausalVAE:
@@ -136,6 +159,8 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
         rest = {key: value for key, value in config.objective.items() if key != "kind"}
         objective = call("config.objective", VAEObjective, rest, model=model("config.model", config.model, dtype))
         return Experiment(config, objective, text.Bytes(1))
+    if kind == "finetune":
+        return Experiment(config, _finetune(config, model("config.model", vae.model, dtype), dtype), None)
     maker, rest = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
     tokenizer = call("config.tokenizer", maker, rest)
     frozen = model("config.model", vae.model, dtype)
@@ -145,18 +170,44 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     known = MODELS.get(config.model.get("kind"), MODELS["mmdit"])[0].__dataclass_fields__
     of_model = {name: width for name, width in of_model.items() if name in known}  # not all take a pooled text
     velocity = model("config.model", {**of_model, **config.model}, dtype, attention=attention)
-    law, law_rest = choose("config.time", TIMES, config.time)
-    objective = call(
-        "config.objective",
-        FlowObjective,
-        {key: value for key, value in config.objective.items() if key != "kind"},
+    rest = {key: value for key, value in config.objective.items() if key != "kind"}
+    given = dict(model=velocity, text=encoder, vae=frozen, **_times(config))
+    return Experiment(config, call("config.objective", FlowObjective, rest, **given), tokenizer)
+
+
+def _times(config: ConfigDict) -> dict[str, Any]:
+    law, rest = choose("config.time", TIMES, config.time)
+    return dict(time=call("config.time", law, rest), shift=call("config.shift", Shift, config.shift))
+
+
+def _finetune(config: ConfigDict, vae: Any, dtype: Any) -> FinetuneObjective:
+    rest = {key: value for key, value in config.objective.items() if key != "kind"}
+    name = rest.pop("family", None)
+    if name not in tune.NAMED:
+        raise UserError(f"config.objective.family={name!r} is unknown: use one of {', '.join(tune.NAMED)}")
+    velocity = model("config.model", config.model, dtype, attention=layouts.named(config.layout.kind).attention())
+    given = dict(
         model=velocity,
-        text=encoder,
-        vae=frozen,
-        time=call("config.time", law, law_rest),
-        shift=call("config.shift", Shift, config.shift),
+        text=None,
+        vae=vae,
+        velocity_of=tune.NAMED[name].velocity,
+        inputs=of_model(velocity).inputs,
+        length=tune.NAMED[name].LENGTH,
+        lora=call("config.lora", Lora, config.lora) if config.lora.get("rank", 0) else None,
+        **_times(config),
     )
-    return Experiment(config, objective, tokenizer)
+    return call("config.objective", FinetuneObjective, rest, **given)
+
+
+def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, ConfigDict | None, PyTree]:
+    """(the config, the config of the frozen VAE if there is one, what else is frozen) of a training."""
+    kind = _sections(config)
+    if kind == "vae":
+        return config, None, {}
+    if kind == "flow":
+        return config, *own_vae(config.vae, workdir)
+    config, of_vae, stats = tune.adopt(config, KINDS)
+    return config, of_vae, {"stats": stats}
 
 
 def compute_dtype(precision: str) -> Any:

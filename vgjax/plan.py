@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def adapt(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
     """The config with what the command line asks of it."""
-    if config.objective.get("kind") != "flow":
+    if config.objective.get("kind") not in ("flow", "finetune"):
         raise UserError(f"--config: plan is for flows, not for a {config.objective.get('kind')}")
     with config.unlocked():
         config.train.batch = args.batch or config.train.batch
@@ -201,7 +201,8 @@ def attempt(row: Row, job: Job, options: Mapping[str, Any], mesh: Mesh, where: T
 def model_flops(built: experiment.Experiment, job: str) -> float:
     """What the mathematics needs, without padding or recomputation; traced with no layout active."""
     function, inputs = (training if job == "train" else sampling)(built)
-    return flops.training(flops.count(function, *inputs)) if job == "train" else flops.count(function, *inputs)
+    forward = flops.count(function, *inputs)
+    return forward if job == "sample" else 2 * forward if built.adapted else flops.training(forward)
 
 
 def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
@@ -212,9 +213,9 @@ def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[Py
     params = sharding.unboxed(boxed)
 
     def loss(own: PyTree, batch: PyTree, key: Any) -> Any:
-        return objective.loss("velocity", {"velocity": own}, batch, key)[0]
+        return objective.loss("velocity", own, batch, key)[0]
 
-    return loss, (params, example, jax.eval_shape(lambda: jax.random.key(0)))
+    return loss, ({**frozen_of(built), "velocity": params}, example, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def train_job(built: experiment.Experiment, where: Where) -> Job:
@@ -224,10 +225,12 @@ def train_job(built: experiment.Experiment, where: Where) -> Job:
     example = jax.eval_shape(objective.prepare, frozen_of(built), batch)
     optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
     abstract, _ = state.builder(objective, optimizer, config.seed, example, *where)
-    traced = step.make(objective, optimizer, abstract, **of_step).trace(abstract, frozen_of(built), batch)
-    count, m = example["text"].shape[:2]
+    frozen = frozen_of(built, where)
+    traced = step.make(objective, optimizer, abstract, **of_step).trace(abstract, frozen, batch)
+    count, m = example["mask"].shape
     tokens = count * (objective.model.tokens(example["x"].shape[1:4]) + m)
-    return Job(traced.lower(), abstract, abstract.params, flops.traced(traced.jaxpr.jaxpr), tokens)
+    kept = {**abstract.params, "base": frozen.get("base", {})}
+    return Job(traced.lower(), abstract, kept, flops.traced(traced.jaxpr.jaxpr), tokens)
 
 
 def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
@@ -235,11 +238,7 @@ def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callabl
     config, settings = built.config, sample.settings_of(built.config)
     shape = built.vae.latent_shape(config.data.frames, *config.data.size)
     texts = abstract_batch(built, config.train.batch * (2 if settings.cfg != 1.0 else 1), where)
-    boxed = sample.wanted(built)
-    params = sharding.unboxed(boxed)
-    if where:
-        placed = sharding.shardings(boxed, *where)
-        params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, placed)
+    params = placed(sample.wanted(built), where) | frozen_of(built, where)
     index = jax.ShapeDtypeStruct((config.train.batch,), np.uint32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     integrated = functools.partial(sample.integrated, built.objective, settings, shape)
@@ -254,31 +253,36 @@ def sample_job(built: experiment.Experiment, where: Where) -> Job:
     return Job(traced.lower(), None, inputs[0], flops.traced(traced.jaxpr.jaxpr), tokens)
 
 
-def frozen_of(built: experiment.Experiment) -> PyTree:
-    """What a flow on latents needs of its VAE."""
+def placed(boxed: PyTree, where: Where, dtype: Any = None) -> PyTree:
+    """Abstract parameters where the layout has them, in a type of their own."""
+    at = sharding.shardings(boxed, *where) if where else jax.tree.map(lambda _: None, sharding.unboxed(boxed))
+    params = jax.tree.leaves(sharding.unboxed(boxed))
+    leaves = zip(params, jax.tree.leaves(at, is_leaf=lambda x: x is None), strict=True)
+    made = [jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=to) for x, to in leaves]
+    return jax.tree.unflatten(jax.tree.structure(sharding.unboxed(boxed)), made)
+
+
+def frozen_of(built: experiment.Experiment, where: Where = None) -> PyTree:
+    """What a flow on latents needs of its VAE; under adapters also the model, as published."""
     stats = jax.ShapeDtypeStruct((built.vae.latent_channels,), jnp.float32)
-    return {"stats": LatentStats(stats, stats)}
+    base = {"base": placed(built.objective.base(), where, jnp.bfloat16)} if built.adapted else {}
+    return {"stats": LatentStats(stats, stats)} | base
 
 
 def abstract_batch(built: experiment.Experiment, count: int, where: Where = None) -> dict[str, Any]:
     """A batch of latents and tokens as the loader would place it."""
-    config, length = built.config, built.tokenizer.length
-    latent = built.vae.latent_shape(config.data.frames, *config.data.size)
-    shapes = {
-        "latent": ((count, *latent), jnp.float32),
-        "text": ((count, length, built.tokenizer.hashes), jnp.int32),
-        "mask": ((count, length), jnp.bool_),
-        "index": ((count,), jnp.uint32),
-    }
+    data = built.config.data
+    latent = jax.ShapeDtypeStruct((count, *built.vae.latent_shape(data.frames, *data.size)), jnp.float32)
+    batch = built.texts(count) | {"latent": latent, "index": jax.ShapeDtypeStruct((count,), jnp.uint32)}
 
-    def one(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if not where:
-            return jax.ShapeDtypeStruct(shape, dtype)
+            return leaf
         layout, mesh = where
-        spec = layout.spec(("batch", *[None] * (len(shape) - 1)), shape, mesh)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        spec = layout.spec(("batch", *[None] * (leaf.ndim - 1)), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return {name: one(*what) for name, what in shapes.items()}
+    return jax.tree.map(one, batch)
 
 
 def bytes_of(tree: PyTree) -> float:
@@ -290,7 +294,7 @@ def bytes_of(tree: PyTree) -> float:
 def memory_of_state(job: Job) -> dict[str, float]:
     if job.state is None:
         return {"params": bytes_of(job.params)}
-    return {"params": bytes_of(job.state.params), "optimizer": bytes_of((job.state.opt, job.state.ema))}
+    return {"params": bytes_of(job.params), "optimizer": bytes_of((job.state.opt, job.state.ema))}
 
 
 def refusal(error: Exception, row: Row) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vgjax import checkpoint, distributed, experiment, layouts, program, sharding, video
 from vgjax.errors import UserError, door
+from vgjax.families import tune
 from vgjax.families.sampler import OpenSampler, is_open, peak
 from vgjax.families.store import Store
 from vgjax.flow.guidance import cfg as guide
@@ -141,7 +142,7 @@ def integrated(
     use: Settings,
     shape: tuple[int, int, int, int],
     params: Params,
-    text: Array,
+    text: PyTree,
     mask: Array,
     index: Array,
     key: Array,
@@ -150,7 +151,7 @@ def integrated(
 
 
 def follow(
-    objective: FlowObjective, use: Settings, params: Params, text: Array, mask: Array, x: Array, t: float | int = 0.0
+    objective: FlowObjective, use: Settings, params: Params, text: PyTree, mask: Array, x: Array, t: float | int = 0.0
 ) -> Array:
     """Latents from `x` at time `t` on; with guidance `text` and `mask` are doubled, the captions first."""
     v = objective.bind(params, text, mask, use.guidance)
@@ -204,11 +205,9 @@ def wanted(built: experiment.Experiment) -> PyTree:
     if not isinstance(objective, FlowObjective):
         clip = {"video": jax.ShapeDtypeStruct((1, data.frames, *data.size, 3), jnp.uint8)}
         return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), objective.prepare({}, batch)), clip)
-    text, mask = built.tokenizer("")
-    shapes = {"x": (built.vae.latent_shape(data.frames, *data.size), jnp.float32)}
-    shapes |= {"text": (text.shape, text.dtype), "mask": (mask.shape, mask.dtype)}
+    shape = built.vae.latent_shape(data.frames, *data.size)
     # Abstract, so that nothing runs on devices which may be absent.
-    batch = {name: jax.ShapeDtypeStruct((1, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    batch = built.texts(1) | {"x": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
     return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), batch)
 
 
@@ -266,8 +265,12 @@ def main(argv: list[str]) -> None:
     prompts, size = prompts_of(args), program.size_of(args.size)
     out = program.workdir(args.out)
     video.check_codec(args.codec)
-    if is_open(Path(args.checkpoint)):
-        return sample_open(args, prompts, size, out)
+    path = Path(args.checkpoint).absolute()
+    if is_open(path):
+        return sample_open(args, Store(path), prompts, size, out)
+    if found := tune.tuned(path, args.weights):
+        folder, tuned = found
+        return sample_open(args, Store(folder, tuned=tuned), prompts, size, out)
     if args.image:
         raise UserError(f"--image: {args.checkpoint} makes videos of text alone")
     sampler = load(args.checkpoint, args.weights, args.layout, args.devices)
@@ -286,15 +289,17 @@ def main(argv: list[str]) -> None:
         write(out, videos, prompts, sampler, args)
 
 
-def sample_open(args: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None, out: Path) -> None:
-    """Samples of a converted folder, by its family's own pipeline and defaults."""
+def sample_open(
+    args: argparse.Namespace, store: Store, prompts: list[str], size: tuple[int, int] | None, out: Path
+) -> None:
+    """Samples of a converted folder, or of a run that was finetuned from it, by its family's pipeline and defaults."""
     for name in ("rescale", "interval", "stepper", "batch"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} is for models trained here: {args.checkpoint} is sampled as it was published")
     if jax.process_count() > 1 and not args.layout:
         raise UserError(f"several processes sample together by a layout: give --layout, {', '.join(layouts.LAYOUTS)}")
     where = layouts.find(args.layout, args.devices) if args.layout else None
-    store = Store(Path(args.checkpoint), experiment.compute_dtype("auto"), where)
+    store = dataclasses.replace(store, dtype=experiment.compute_dtype("auto"), where=where)
     sampler, image = OpenSampler(store), video.read_image(args.image) if args.image else None
     asked = {"steps": args.steps, "shift": args.shift, "frames": args.frames, "size": size, "guidance": args.guidance}
     asked["cfg"] = (args.cfg,) if args.cfg is not None else None

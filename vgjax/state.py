@@ -33,8 +33,8 @@ class TrainState(struct.PyTreeNode):
 
 def builder(
     objective: Any, optimizer: optax.GradientTransformation, seed: int, example: PyTree, layout: Any, mesh: Mesh
-) -> tuple[TrainState, Callable[[], TrainState]]:
-    """(abstract state with shardings, function that makes the initial state born with them).
+) -> tuple[TrainState, Callable[..., TrainState]]:
+    """(abstract state with shardings, function that makes the initial state born with them, of parameters if given).
 
     `example` is a prepared batch, concrete or abstract: the objective initialises its players on its shapes.
     """
@@ -42,8 +42,8 @@ def builder(
     def boxed(key: Array) -> Params:
         return objective.init(key, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example))
 
-    def init() -> TrainState:
-        params = sharding.unboxed(boxed(jax.random.key(seed)))
+    def init(given: Params | None = None) -> TrainState:
+        params = sharding.unboxed(boxed(jax.random.key(seed))) if given is None else given
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

@@ -40,7 +40,7 @@ def make(
         batch = objective.prepare(frozen, batch)
         params, opt, metrics, good = dict(state.params), dict(state.opt), {}, jnp.asarray(True)
         for player in objective.players:
-            loss, grads, seen = _gradients(objective, player, params, batch, key, accumulate)
+            loss, grads, seen = _gradients(objective, player, {**frozen, **params}, batch, key, accumulate)
             grads = jax.tree.map(_as_placed, grads, abstract.params[player])
             norm = optax.global_norm(grads)
             good = good & jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -19,10 +19,13 @@ import numpy as np
 
 from vgjax import checkpoint, distributed, encode, evaluate, experiment, flops, layouts, program, sharding, state, step
 from vgjax.data import pipeline
+from vgjax.data.embeddings import Embeddings
 from vgjax.data.sources import Latents
 from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
+from vgjax.families.store import Store
 from vgjax.log import Log
+from vgjax.objectives.finetune import FinetuneObjective
 from vgjax.objectives.flow import FlowObjective
 from vgjax.sample import settings_of
 from vgjax.storage import alone, writing
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> None:
     plan = experiment.call("config.train", Schedule, config.train)
     layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
     ready = distributed.preflight(config.to_dict(), checkpoint.versions(), mesh)
-    of_vae, frozen = experiment.own_vae(config.vae, workdir) if config.objective.get("kind") == "flow" else (None, {})
+    config, of_vae, frozen = experiment.prepared(config, workdir)
     built = experiment.build(config, of_vae)
     distributed.say(ready)
     held = alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
@@ -114,7 +117,13 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
     """What would otherwise be found out after the data is rendered and encoded, or at the first picture."""
     config, data = built.config, experiment.data_of(built.config)
     _, of_step = experiment.optimizer(config.optim, plan.steps)
-    experiment.call("config.evaluate", evaluate.Plan, config.evaluate)
+    if not isinstance(built.objective, FinetuneObjective):
+        experiment.call("config.evaluate", evaluate.Plan, config.evaluate)
+    elif plan.image_every or plan.evaluate_every:
+        raise UserError(
+            "config.train.image_every and evaluate_every must be 0: a finetuning keeps no encoders on the devices, so "
+            "it shows nothing of itself; `python -m vgjax.sample --checkpoint WORKDIR` does"
+        )
     shape = built.vae.latent_shape(data.frames, *data.size)
     if isinstance(built.objective, FlowObjective):
         settings_of(config)
@@ -141,13 +150,15 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     optimizer, of_step = experiment.optimizer(config.optim, plan.steps)
     abstract, init = state.builder(objective, optimizer, config.seed, example, layout, mesh)
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
-    now = init() if checkpoints.latest() is None else restored(checkpoints, abstract, config)
-    frozen = sharding.replicate(frozen, mesh)
+    fresh = checkpoints.latest() is None
+    given, base = published(built, fresh, layout, mesh)
+    now = init(given) if fresh else restored(checkpoints, abstract, config)
+    frozen, given = sharding.replicate(frozen, mesh) | base, None
     advance = step.make(objective, optimizer, abstract, **of_step)
     start = int(now.step)
 
     # 2. What to show while it runs.
-    log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract))
+    log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract, frozen))
     bad = BadFiles(how["bad_files"])
     count = state.parameter_count(abstract.params)
     log.event(start, "start", f"{count:,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
@@ -188,6 +199,17 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     distributed.say(f"done: step {int(now.step)}, state digest {digest}")
 
 
+def published(
+    built: experiment.Experiment, fresh: bool, layout: Any, mesh: Any
+) -> tuple[PyTree | None, dict[str, PyTree]]:
+    """Of open weights: (parameters that a fresh run begins with, None for random ones; those that stay frozen)."""
+    objective, config = built.objective, built.config
+    if not isinstance(objective, FinetuneObjective) or not (fresh or objective.lora):
+        return None, {}
+    _, params, _ = Store(Path(config.weights), where=(layout, mesh)).read(config.component)
+    return (None, {"base": params}) if objective.lora else ({"velocity": params}, {})
+
+
 def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> state.TrainState:
     """The newest good state, refused where the data would go on in another order than it began."""
     now, meta, number = checkpoints.restore(abstract)
@@ -214,28 +236,42 @@ def open_data(
         "bad_files": bad,
         **{name: getattr(data, name) for name in LOADED},
     }
-    if isinstance(built.objective, FlowObjective) and config.latents:
+    if isinstance(built.objective, FlowObjective) and (
+        config.latents or isinstance(built.objective, FinetuneObjective)
+    ):
         if jax.process_count() > 1 and not Path(config.latents).exists():
             raise UserError(
                 f"config.latents={config.latents} does not exist: a job of several processes reads latents that "
                 "`python -m vgjax.encode` wrote before"
             )
-        encode.ensure(source, config, built.vae, frozen, Path(config.latents), bad)
+        by = encode.Trained(built.vae, frozen)
+        if isinstance(built.objective, FinetuneObjective):
+            by, _ = encode.published(Path(config.weights))
+        encode.ensure(source, config.data, by, Path(config.latents), bad)
         source, how["workers"] = Latents(Path(config.latents)), 0
+        if isinstance(built.objective, FinetuneObjective):
+            how["tokenizer"] = Embeddings(Path(config.latents))
     return source, how
 
 
-def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState) -> dict[str, Any]:
-    """What one step does, for the rates of the log; FLOPs are those of three forwards of what is trained."""
+def work(
+    built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState, frozen: PyTree
+) -> dict[str, Any]:
+    """What one step does, for the rates of the log; FLOPs are those of three forwards of what is trained.
+
+    Adapters need no gradients of what is frozen: two forwards.
+    """
     data, objective = built.config.data, built.objective
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
     (player,) = objective.players
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), frozen)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.off():  # heads or tokens that a layout pads are no model FLOPs
-        forward = flops.count(lambda p, batch, key: objective.loss(player, p, batch, key)[0], params, example, key)
+        own = frozen | params
+        forward = flops.count(lambda p, batch, key: objective.loss(player, p, batch, key)[0], own, example, key)
     tokens = 0
     if isinstance(objective, FlowObjective):
-        tokens = plan.batch * (objective.model.tokens(example["x"].shape[1:4]) + example["text"].shape[1])
+        tokens = plan.batch * (objective.model.tokens(example["x"].shape[1:4]) + example["mask"].shape[1])
     devices = jax.devices()[: built.config.layout.devices or None]
     dtype = experiment.compute_dtype(built.config.precision)
     peaks = [flops.peak(device.device_kind, dtype) for device in devices]
@@ -244,7 +280,7 @@ def work(built: experiment.Experiment, plan: Schedule, example: PyTree, abstract
         "samples": plan.batch,
         "frames": plan.batch * data.frames,
         "tokens": tokens,
-        "flops": flops.training(forward),
+        "flops": 2 * forward if "base" in frozen else flops.training(forward),
         "peak": total,
     }
 

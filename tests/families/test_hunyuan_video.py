@@ -39,7 +39,7 @@ def noise(pair, settings):
 
 @pytest.fixture(scope="module")
 def texts(pair, settings):
-    return hunyuan_video.embed(pair[1].store, PROMPTS, settings, None)
+    return pair[1].embed(PROMPTS, settings)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_prompts_become_the_published_embeddings(pair, texts):
 def test_eight_steps_give_the_latents_and_frames_of_the_reference(pair, settings, noise, cfg):
     pipe, sampler = pair
     use = dataclasses.replace(settings, cfg=(cfg,))
-    given = hunyuan_video.embed(sampler.store, PROMPTS, use, "bad, blurry")
+    given = sampler.embed(PROMPTS, use, "bad, blurry")
     asked = dict(num_inference_steps=8, height=32, width=48, num_frames=21, true_cfg_scale=cfg)
     asked |= dict(negative_prompt=["bad, blurry"] * 2, latents=parity.to_torch(noise))
     theirs = pipe(PROMPTS, output_type="latent", **asked).frames
@@ -80,7 +80,7 @@ def test_every_layout_samples_the_latents_of_one_device(pair, settings, texts, n
 
 def test_models_are_gone_when_they_have_done_their_part(pair, settings):
     store = pair[1].store
-    hunyuan_video.embed(store, PROMPTS[:1], settings, None)
+    hunyuan_video.texts(store, PROMPTS[:1])
     before = {id(leaf) for leaf in jax.live_arrays()}
     with store.model("transformer") as (_, params, _):
         assert len(jax.live_arrays()) > len(before)

@@ -52,9 +52,9 @@ def test_prompts_become_the_published_embeddings(pairs):
     pipe, sampler = pairs("text")
     with torch.no_grad():
         c, other = pipe.encode_prompt(PROMPTS, "bad, blurry", max_sequence_length=512)
-    ours, negative = wan.embed(sampler.store, PROMPTS, wan.settings(sampler.store), "bad, blurry")
-    parity.near(ours, c, 1e-4, 1e-4)
-    parity.near(negative, other, 1e-4, 1e-4)
+    ours, negative = sampler.embed(PROMPTS, wan.settings(sampler.store), "bad, blurry")
+    parity.near(ours[0], c, 1e-4, 1e-4)
+    parity.near(negative[0], other, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +65,7 @@ def test_eight_steps_give_the_latents_and_frames_of_the_reference(pairs, picture
     use = wan.settings(store, steps=8, frames=5, size=SIZE, cfg=cfg)
     noise = jax.random.normal(jax.random.key(3), (2, *sampler.latent_shape(use)))
     image = picture if "image" in kind else None
-    texts, given = wan.embed(store, PROMPTS, use, "bad, blurry"), wan.condition(store, image, 5, SIZE)
+    texts, given = sampler.embed(PROMPTS, use, "bad, blurry"), wan.condition(store, image, 5, SIZE)
     asked = dict(prompt=PROMPTS, negative_prompt=["bad, blurry"] * 2, num_inference_steps=8, num_frames=5)
     asked |= dict(height=SIZE[0], width=SIZE[1], latents=parity.to_torch(noise), guidance_scale=cfg[0])
     asked |= dict(guidance_scale_2=cfg[1]) if len(cfg) > 1 else {}
@@ -81,7 +81,7 @@ def test_every_layout_samples_the_latents_of_one_device(pairs, kind):
     _, sampler = pairs("two experts")
     use = wan.settings(sampler.store, steps=4, frames=5, size=SIZE)
     noise = jax.random.normal(jax.random.key(3), (1, *sampler.latent_shape(use)))
-    texts = wan.embed(sampler.store, PROMPTS[:1], use, None)
+    texts = sampler.embed(PROMPTS[:1], use)
     spread = OpenSampler(Store(sampler.store.folder, where=layouts.find(kind, 8)))
     alone = sampler.latents(texts, noise, use, {})
     np.testing.assert_allclose(spread.latents(texts, noise, use, {}), alone, atol=1e-4)

@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from vgjax.data.decode import Unreadable
+from vgjax.data.embeddings import Embeddings
 from vgjax.data.sources import Clip, Source
 from vgjax.data.text import Bytes, Words
 from vgjax.data.transforms import BadFiles, Load, names
@@ -39,7 +40,7 @@ def batches(
     *,
     seed: int,
     batch: int,
-    tokenizer: Bytes | Words,
+    tokenizer: Bytes | Words | Embeddings,
     drop_caption: float | int,
     frames: int = 1,
     size: tuple[int, int] = (1, 1),

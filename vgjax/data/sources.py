@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vgjax.data.decode import IMAGES, VIDEOS, Unreadable, read_clip
+from vgjax.data.embeddings import EmbeddingWriter, Text
 from vgjax.errors import UserError
 
 
@@ -176,11 +177,12 @@ class LatentWriter:
 
     Everything goes to a folder beside `path` that takes its name only when all is written; an exception leaves nothing.
     A record is a length, a JSON head with caption and id, and the raw floats. `meta` must be JSON (the VAE's config).
+    Captions that an encoder has read are added by `add_text`, for `Embeddings`.
     """
 
     def __init__(self, path: str | Path, meta: dict[str, Any]):
         self.path, self.meta = Path(path), meta
-        self.count, self.shape = 0, None
+        self.count, self.shape, self.texts = 0, None, None
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         if self.path.exists():
             raise UserError(f"{path}: already there; delete it or choose another place for the latents")
@@ -204,9 +206,16 @@ class LatentWriter:
         self.writer.write(struct.pack("<I", len(head)) + head + np.ascontiguousarray(latent, "<f4").tobytes())
         self.count += 1
 
+    def add_text(self, caption: str, text: Text) -> None:
+        """Appends an encoded caption that is not there yet."""
+        self.texts = self.texts or EmbeddingWriter(self.temporary)
+        self.texts.add(caption, text)
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
             self.writer.close()
+            if self.texts:
+                self.texts.close()
             if kind is None and self.count:
                 meta = {"meta": self.meta, "shape": self.shape, "count": self.count}
                 (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -12,6 +12,7 @@ from grain.transforms import Map
 from jaxtyping import Int64
 
 from vgjax.data.decode import Unreadable
+from vgjax.data.embeddings import Embeddings
 from vgjax.data.sources import Clip, Source
 from vgjax.data.text import Bytes, Words
 from vgjax.errors import UserError
@@ -102,7 +103,7 @@ class Load(Map):
 
     source: Source
     clip: Clip | None
-    tokenizer: Bytes | Words
+    tokenizer: Bytes | Words | Embeddings
     drop_caption: float | int
     seed: int
     bad: BadFiles

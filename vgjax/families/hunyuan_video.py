@@ -4,19 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgjax.distributed import fetch
 from vgjax.errors import UserError
 from vgjax.families.stage import Settings, Stage
 from vgjax.families.store import Store
+from vgjax.families.texts import Texts, apply
 from vgjax.flow import schedule
 from vgjax.flow.path import reverse
 from vgjax.flow.steppers import Velocity
-from vgjax.models.hunyuan_vae import decode_clips
-from vgjax.typing import Array, Float, Params, PyTree
+from vgjax.models.hunyuan_vae import decode_clips, encode_clips
+from vgjax.typing import Array, Float, PyTree
 
 # The words that the model was trained with; the first CROP tokens, up to the prompt, are not shown to it.
 TEMPLATE = (
@@ -30,6 +29,7 @@ TEMPLATE = (
 )
 CROP = 95
 LENGTH, POOLED_LENGTH = 256, 77  # tokens that Llama keeps of a prompt, and CLIP
+NEGATIVE = ""
 SKIPPED = 2  # blocks of Llama behind the state that is taken
 
 
@@ -38,32 +38,30 @@ def settings(store: Store, **given: Any) -> Settings:
     return dataclasses.replace(Settings(50, (1.0,), 6.0, 129, (720, 1280), 24.0), **given)
 
 
-def embed(store: Store, prompts: Sequence[str], use: Settings, negative: str | None) -> tuple[PyTree, PyTree]:
-    """`(c, mask, vec)` of the prompts, and of the negative prompt for each, or None where no guidance is computed."""
-    unique = list(dict.fromkeys([*prompts, negative or ""]))
-    all_of = *states(store, unique), pooled(store, unique)
-
-    def of(texts: Sequence[str]) -> PyTree:
-        return tuple(a[np.array([unique.index(text) for text in texts])] for a in all_of)
-
-    return of(prompts), of([negative or ""] * len(prompts)) if use.cfg[0] != 1.0 else None
+def clean(text: str) -> str:
+    """A prompt as the encoders take it."""
+    return text
 
 
-def states(store: Store, texts: Sequence[str]) -> tuple[Float[np.ndarray, "b m d"], np.ndarray]:
+def texts(store: Store, prompts: Sequence[str]) -> Texts:
+    """Llama's states of the prompts in their template, those of the template cut off; CLIP's pooled vectors."""
+    return *states(store, prompts), pooled(store, prompts)
+
+
+def states(store: Store, prompts: Sequence[str]) -> tuple[Float[np.ndarray, "b m d"], np.ndarray]:
     """Llama's hidden states of the prompts in their template, and which of them are real."""
-    ids, mask = store.tokens("tokenizer", [TEMPLATE.format(text) for text in texts], CROP + LENGTH)
+    ids, mask = store.tokens("tokenizer", [TEMPLATE.format(text) for text in prompts], CROP + LENGTH)
     blocks = store.published("text_encoder")["num_hidden_layers"] - SKIPPED
     with store.here(), store.model("text_encoder", blocks=blocks, norm=False) as (model, params, _):
-        c = fetch(jax.jit(model.apply)({"params": params}, ids, mask))
-    return c[:, CROP:].astype(np.float32), mask[:, CROP:]
+        c = apply(model, params, ids, mask)
+    return c[:, CROP:], mask[:, CROP:]
 
 
-def pooled(store: Store, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+def pooled(store: Store, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
     """CLIP's pooled vector of the prompts. It attends to all positions, padding too, as published."""
-    ids, mask = store.tokens("tokenizer_2", texts, POOLED_LENGTH)
+    ids, mask = store.tokens("tokenizer_2", prompts, POOLED_LENGTH)
     with store.here(), store.model("text_encoder_2") as (model, params, _):
-        _, vec = jax.jit(model.apply)({"params": params}, ids, np.ones_like(mask))
-        return fetch(vec).astype(np.float32)
+        return apply(model, params, ids, np.ones_like(mask))[1]
 
 
 def stages(store: Store, use: Settings) -> list[Stage]:
@@ -80,19 +78,19 @@ def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[i
     return ()
 
 
-def velocity(model: Any, params: Params, texts: PyTree, guidance: float, given: PyTree) -> Velocity:
+def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int, given: PyTree) -> Velocity:
     """The velocity of the prompts."""
     c, mask, vec = texts
 
     def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."]) -> Float[Array, "b t h w z"]:
         t = jnp.broadcast_to(t, x.shape[:1])
         told = (jnp.full(t.shape, guidance, jnp.float32),) if model.guidance else ()
-        return model.apply({"params": params}, x, t, c, mask, vec, *told)
+        return model.apply(variables, x, t, c, mask, vec, *told)
 
     return reverse(network)
 
 
-decode = decode_clips
+encode, decode = encode_clips, decode_clips
 
 
 def finished(x: Float[Array, "b t h w z"], given: PyTree) -> Float[Array, "b t h w z"]:

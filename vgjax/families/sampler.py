@@ -16,6 +16,7 @@ from vgjax.errors import UserError
 from vgjax.families import hunyuan_video, wan
 from vgjax.families.stage import Settings
 from vgjax.families.store import INDEX, Store
+from vgjax.families.texts import Texts, embed
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import noise
 from vgjax.flow.steppers import Euler, Velocity, integrate
@@ -62,10 +63,17 @@ class OpenSampler:
         family, store = self.family, self.store
         use = family.settings(store, **changed)
         shape = self.latent_shape(use)
-        texts = family.embed(store, list(prompts), use, negative)
+        texts = self.embed(prompts, use, negative)
         given = family.condition(store, image, use.frames, use.size)
         starts = noise(jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.uint32), shape)
         return self.decode(self.latents(texts, starts, use, given), tile)
+
+    def embed(self, prompts: Sequence[str], use: Settings, negative: str | None = None) -> tuple[Texts, Texts | None]:
+        """What `latents` takes: of the prompts, and of the negative prompt for each, None without computed guidance."""
+        guided = any(scale != 1.0 for scale in use.cfg)
+        other = [self.family.NEGATIVE if negative is None else negative] * (len(prompts) if guided else 0)
+        both, n = embed(self.store, self.family, [*prompts, *other]), len(prompts)
+        return jax.tree.map(lambda x: x[:n], both), jax.tree.map(lambda x: x[n:], both) if guided else None
 
     def latent_shape(self, use: Settings) -> tuple[int, int, int, int]:
         """`t h w c` of a video's latents; a `UserError` for a size that the models cannot make."""
@@ -127,7 +135,7 @@ def follow(
     times: Array,
 ) -> Array:
     """`x` from the first to the last of `times`; with guidance the texts are doubled, the prompts first."""
-    v = velocity(model, params, texts, guidance, given)
+    v = velocity(model, {"params": params}, texts, guidance, given)
     return integrate(Euler(), guide(v, cfg) if cfg != 1.0 else v, x, times)
 
 

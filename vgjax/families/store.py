@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from flax import linen as nn
 from vgjax import checkpoint, published, sharding
 from vgjax.errors import UserError
 from vgjax.models import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
+from vgjax.nn import lora
+from vgjax.objectives.finetune import Lora
 from vgjax.typing import Dtype, PyTree
 
 INDEX = "model_index.json"
@@ -40,6 +43,11 @@ def reader(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], Mod
     return READERS[name]
 
 
+def of_model(module: nn.Module) -> ModuleType:
+    """The file that a published module is written in."""
+    return next(file for known, file, _ in READERS.values() if known is type(module))
+
+
 def fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Our module's fields, of a config.json."""
     try:
@@ -54,15 +62,27 @@ def abstract(module: nn.Module, of_model: ModuleType) -> PyTree:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A run that went on training a component of a folder, and which of its weights to take: `ema` or `params`."""
+
+    run: Path
+    component: str
+    lora: Lora | None = None
+    weights: str = "ema"
+
+
+@dataclasses.dataclass(frozen=True)
 class Store:
     """A converted folder.
 
-    `model` brings parameters onto `where` (layout, mesh; None: one device), and takes them away.
+    `model` brings parameters onto `where` (layout, mesh; None: one device), and takes them away. What `tuned` trained
+    stands in its place.
     """
 
     folder: Path
     dtype: Dtype = jnp.float32
     where: tuple[Any, Any] | None = None
+    tuned: Tuned | None = None
 
     @property
     def index(self) -> dict[str, Any]:
@@ -109,31 +129,46 @@ class Store:
 
     @contextlib.contextmanager
     def model(self, name: str, **changed: Any) -> Iterator[tuple[nn.Module, PyTree, dict[str, Any]]]:
-        """(module with some fields changed, its parameters, its checkpoint's meta); the parameters are gone after it.
-
-        With fewer `blocks` than were published the first of them are taken.
-        """
-        found: dict[str, Any] = {}
-
-        def place(meta: dict[str, Any], stored: PyTree) -> PyTree:
-            config = meta["published"]
-            module = self.module(config, name, **changed)
-            found.update(module=module, meta=meta, boxed=abstract(module, reader(config, self.folder / name)[1]))
-            ((kind, stored),) = stored["ema"].items()
-            found["kind"] = kind
-            return {
-                "ema": {
-                    kind: jax.tree.map(self._placed, found["boxed"], _within(stored, found["boxed"]), is_leaf=_is_box)
-                }
-            }
-
-        tree, _, _ = checkpoint.load(self.folder / name, items=("ema",), place=place)
-        params = jax.tree.map(_first, tree["ema"][found["kind"]], sharding.unboxed(found["boxed"]))
+        """What `read` gives; the parameters are gone after it."""
+        module, params, meta = self.read(name, **changed)
         try:
-            yield found["module"], params, found["meta"]
+            yield module, params, meta
         finally:
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
+
+    def read(self, name: str, **changed: Any) -> tuple[nn.Module, PyTree, dict[str, Any]]:
+        """(module with some fields changed, its parameters, its checkpoint's meta).
+
+        With fewer `blocks` than were published the first of them are taken. A model that was finetuned is read from
+        its run; adapters are merged.
+        """
+        meta = checkpoint.meta(self.folder / name)
+        module = self.module(meta["published"], name, **changed)
+        boxed = abstract(module, reader(meta["published"], self.folder / name)[1])
+        tuned = self.tuned if self.tuned and self.tuned.component == name else None
+        if tuned is None:
+            return module, self._read(self.folder / name, "ema", boxed), meta
+        if tuned.lora is None:
+            return module, self._read(tuned.run, tuned.weights, boxed), meta
+        born = functools.partial(lora.born, boxed, tuned.lora.rank, tuned.lora.targets)
+        own = self._read(tuned.run, tuned.weights, jax.eval_shape(born, jax.random.key(0)))
+        params = self._read(self.folder / name, "ema", boxed)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+        merge = jax.jit(lambda p, own: lora.merged(p, lora.scaled(own, tuned.lora.scale)), out_shardings=placed)
+        return module, merge(params, own), meta
+
+    def _read(self, path: Path, item: str, boxed: PyTree) -> PyTree:
+        """The leaves of a checkpoint's only model that `boxed` names, each in its place."""
+
+        def place(_: dict[str, Any], stored: PyTree) -> PyTree:
+            ((kind, stored),) = stored[item].items()
+            wanted = jax.tree.map(self._placed, boxed, _within(stored, boxed), is_leaf=_is_box)
+            return {item: {kind: wanted}}
+
+        tree, _, _ = checkpoint.load(path, items=(item,), place=place)
+        (params,) = tree[item].values()
+        return jax.tree.map(_first, params, sharding.unboxed(boxed))
 
     def _placed(self, box: Any, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if self.where is None:

@@ -22,6 +22,7 @@ from vgjax.distributed import fetch
 from vgjax.errors import UserError
 from vgjax.families.stage import Settings, Stage
 from vgjax.families.store import Store
+from vgjax.families.texts import Texts, apply
 from vgjax.flow import schedule
 from vgjax.flow.path import reverse
 from vgjax.flow.steppers import Velocity
@@ -54,20 +55,11 @@ def two(store: Store) -> bool:
     return store.index.get("boundary_ratio") is not None and store.has("transformer_2")
 
 
-def embed(store: Store, prompts: Sequence[str], use: Settings, negative: str | None) -> tuple[PyTree, PyTree]:
-    """umT5's states of the prompts, and of the negative prompt for each, or None where no guidance is computed.
-
-    Positions behind a text are zeros, which the model attends to.
-    """
-    other = clean(NEGATIVE if negative is None else negative)
-    unique = list(dict.fromkeys([*map(clean, prompts), other]))
-    ids, mask = store.tokens("tokenizer", unique, LENGTH)
+def texts(store: Store, prompts: Sequence[str]) -> Texts:
+    """umT5's states of the prompts."""
+    ids, mask = store.tokens("tokenizer", prompts, LENGTH)
     with store.here(), store.model("text_encoder") as (model, params, _):
-        c = fetch(jax.jit(model.apply)({"params": params}, ids, mask)).astype(np.float32)
-    c = np.where(mask[..., None], c, 0.0)
-    rows = np.array([unique.index(clean(prompt)) for prompt in prompts])
-    guided = any(scale != 1.0 for scale in use.cfg)
-    return c[rows], c[np.full(len(rows), unique.index(other))] if guided else None
+        return apply(model, params, ids, mask), mask, None
 
 
 def clean(text: str) -> str:
@@ -104,7 +96,7 @@ def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[i
     each = store.index.get("expand_timesteps")
     video = np.asarray(pixels) if each else np.pad(pixels, ((0, 0), (0, frames - 1), *((0, 0),) * 3))
     with store.here(), store.model("vae") as (vae, params, meta):
-        mean, _ = encode_stream(vae, params, store.put(video), vae.time_factor)
+        mean, _ = encode(vae, params, store.put(video))
         mean, behind = fetch(mean), vae.time_factor
     z = np.asarray(to_unit(jnp.asarray(mean), stats_of(meta["stats"])))
     if each:
@@ -136,8 +128,9 @@ def seen(store: Store, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "
     return ((x - np.array(config["image_mean"], np.float32)) / np.array(config["image_std"], np.float32))[None]
 
 
-def velocity(model: Any, params: Params, texts: PyTree, guidance: float, given: PyTree) -> Velocity:
-    """The velocity of the prompts, with what is given of an image."""
+def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int, given: PyTree) -> Velocity:
+    """The velocity of the prompts, with what is given of an image. The zeros behind a text are attended to."""
+    c, *_ = texts
 
     def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."]) -> Float[Array, "b t h w c"]:
         t = jnp.broadcast_to(t, x.shape[:1])
@@ -156,9 +149,16 @@ def velocity(model: Any, params: Params, texts: PyTree, guidance: float, given: 
             x = finished(x, given)
             clean = jnp.arange(x.shape[1]) == 0  # their level 0: no noise
             t = jnp.where(clean, 0.0, t[:, None])
-        return model.apply({"params": params}, x, t, texts, jnp.ones(texts.shape[:2], bool), *rest)
+        return model.apply(variables, x, t, c, jnp.ones(c.shape[:2], bool), *rest)
 
     return reverse(network)
+
+
+def encode(
+    vae: Any, params: Params, video: Float[Array, "b t h w 3"]
+) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
+    """Mean and log-variance of the latents, a latent frame at a time."""
+    return encode_stream(vae, params, video, vae.time_factor)
 
 
 def decode(vae: Any, params: Params, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w c"]:

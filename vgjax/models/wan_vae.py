@@ -301,7 +301,7 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the latents of a published config.json."""
-    return config["latents_mean"], config["latents_std"]
+    return list(config["latents_mean"]), list(config["latents_std"])
 
 
 def weights(model: WanVAE) -> Table:

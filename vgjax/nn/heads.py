@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vgjax.nn import lora
 from vgjax.nn.norm import RMSNorm
 from vgjax.sharding import named
 from vgjax.typing import Array, Dtype, Float
@@ -57,6 +58,8 @@ def project(
     # Not one matmul over "shk": XLA's CPU backend runs its backward a fifth slower (d 192, 3072 tokens), and a flat
     # "(s h k)" cannot be sharded over heads.
     out = [jnp.einsum("bnd,dhk->bnhk", x, w) for w in kernel]
+    if (more := lora.delta(module, x, "bnd,sdr->sbnr", "sbnr,srhk->sbnhk", dtype)) is not None:
+        out = [y + one for y, one in zip(out, more, strict=True)]
     if not use_bias:
         return out
     bias = module.param("bias", named(nn.initializers.zeros, None, "heads", "head_dim"), (count, *head), jnp.float32)
@@ -90,6 +93,8 @@ class Merge(nn.Module):
         shape = (*o.shape[-2:], self.features)
         kernel = self.param("kernel", named(init, "heads", "head_dim", "embed"), shape, jnp.float32)
         y = jnp.einsum("bnhk,hkd->bnd", o.astype(self.dtype), kernel.astype(self.dtype))
+        if (more := lora.delta(self, o, "bnhk,hkr->bnr", "bnr,rd->bnd", self.dtype)) is not None:
+            y = y + more
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, "embed"), (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)

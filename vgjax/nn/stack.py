@@ -66,7 +66,7 @@ class Stack(nn.Module):
             one = nn.remat(one, policy=REMAT[self.remat], prevent_cse=not self.scan)
         layers = nn.scan(
             one,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.length,

@@ -17,7 +17,7 @@ from vgjax.flow.time import Shift, Uniform
 from vgjax.losses.mean import pair
 from vgjax.nn.codec import to_unit
 from vgjax.objectives.vae import from_uint8
-from vgjax.typing import Array, Bool, Float, Int, Key, Params, PyTree
+from vgjax.typing import Array, Bool, Float, Key, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,17 @@ class FlowObjective:
         """Mean squared velocity error and metrics: `loss`, and `loss/t0..` by timestep bin from noise to data."""
         keys = jax.vmap(lambda k: jax.random.split(k))(sample_keys(key, batch["index"]))
         n = self.model.tokens(batch["x"].shape[1:4])
-        t = self.shift(self.time.sample(keys[:, 0]), n)
+        t = self.drawn(keys[:, 0], n)
         errors = self.errors(params, batch, t, keys[:, 1])
         metrics = {"loss": pair(errors)}
         which = jnp.clip((t * self.bins).astype(jnp.int32), 0, self.bins - 1)
         for i in range(self.bins):
             metrics[f"loss/t{i}"] = pair(errors, (which == i).astype(jnp.float32))
         return jnp.mean(errors), metrics
+
+    def drawn(self, keys: Key, tokens: int) -> Float[Array, " b"]:
+        """Times of samples of so many tokens, from their keys."""
+        return self.shift(self.time.sample(keys), tokens)
 
     def errors(self, params: Params, batch: PyTree, t: Float[Array, " b"], keys: Key) -> Float[Array, " b"]:
         """Squared velocity error of each sample at its time `t`, with noise from its key."""
@@ -75,9 +79,7 @@ class FlowObjective:
         v = self.bind(params, batch["text"], batch["mask"])(mixed, t)
         return reduce(jnp.square(v.astype(jnp.float32) - velocity), "b ... -> b", "mean")
 
-    def bind(
-        self, params: Params, text: Int[Array, "b m r"], mask: Bool[Array, "b m"], guidance: float | int = 1.0
-    ) -> Velocity:
+    def bind(self, params: Params, text: PyTree, mask: Bool[Array, "b m"], guidance: float | int = 1.0) -> Velocity:
         """The velocity of these captions: `v(x, t)`, `t` a scalar or one a sample. The text is encoded once.
 
         guidance: the scale that a guidance-distilled model is told; other models know none.
