@@ -59,7 +59,8 @@ class FinetuneObjective(FlowObjective):
 
     def base(self) -> PyTree:
         """The transformer's abstract parameters, in their boxes of names."""
-        return jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs(self.model))["params"]
+        # The key inside: the devices of a plan are absent.
+        return jax.eval_shape(lambda *x: self.model.init(jax.random.key(0), *x), *self.inputs(self.model))["params"]
 
     def encoded(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Abstract captions of `count` samples, as encoders give them."""
