@@ -224,14 +224,14 @@ def main(argv: list[str]) -> None:
     out = Path(args.out or workdir / "evaluation.json").absolute()
     program.workdir(str(out.parent))  # said before all is measured
     config, frozen, of_vae = ConfigDict(meta["config"]), {}, None
+    if config.objective.kind == "finetune":
+        raise UserError(f"{args.checkpoint} is a finetuning, of which nothing is measured: sample it with vgjax.sample")
     if args.data and config.data.kind != "folder":
         raise UserError(f"--data {args.data}: {args.checkpoint} was trained in a world of its own, which is measured")
     if args.data:
         config.evaluate.path = args.data
     if config.data.kind == "folder" and not config.evaluate.get("path", ""):
         print(f"note: measured on the clips it was trained on, {config.data.path}: give --data for held-out ones")
-    if config.objective.kind == "finetune":
-        raise UserError(f"{args.checkpoint} is a finetuning, of which nothing is measured: sample it with vgjax.sample")
     if config.objective.kind == "flow":
         of_vae, frozen = experiment.frozen_vae(workdir / "vae")
     built = experiment.build(config, of_vae)

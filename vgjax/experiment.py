@@ -114,7 +114,7 @@ class Experiment:
         return {"text": text, "mask": jax.ShapeDtypeStruct((count, length), jnp.bool_)}
 
     @property
-    def vae(self) -> causal_vae.CausalVAE:
+    def vae(self) -> Any:
         return self.objective.vae if isinstance(self.objective, FlowObjective) else self.objective.model
 
 
