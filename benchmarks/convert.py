@@ -3,13 +3,16 @@
     python benchmarks/convert.py [--gigabytes 2]
 
 A Wan-shaped pipeline with one transformer of that size and random bf16 weights is written as diffusers publishes it,
-then converted in a process of its own. Beside the time for it stands that of reading the same files once (`cat`, warm),
-and beside the peak of the host's memory that of a process which has only started JAX, and what is aimed at: that and
-the model and twice its largest tensor. Writes benchmarks/results/convert_cpu.json.
+then converted and exported again, each in a process of its own. Beside the time stands what the disk and the checksum
+alone take (the same bytes read, written, fsynced and hashed, one after the other) and how long a process needs that has
+only started JAX and our modules; beside the peak of the host's memory that of this process, and what is aimed at: that
+and the model and twice its largest tensor. Writes benchmarks/results/convert_cpu.json.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -49,18 +52,23 @@ def main() -> None:
         ]
         size, largest = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         files = sorted((Path(folder) / "published" / "transformer").glob("*.safetensors"))
-        read, _ = timed("cat", *files)
-        _, idle = timed(sys.executable, "-c", START)
-        whole, peak = timed(
-            sys.executable, "-m", "vgjax.convert", "--from", Path(folder) / "published", "--to", Path(folder) / "out"
-        )
+        plain = copied(files, Path(folder) / "plain")
+        start, idle = timed(sys.executable, "-c", START)
+        convert = (sys.executable, "-m", "vgjax.convert")
+        whole, peak = timed(*convert, "--from", Path(folder) / "published", "--to", Path(folder) / "out")
+        back, peak_back = timed(*convert, "--from", Path(folder) / "out", "--to", Path(folder) / "exported", "--export")
     row = {
         "model_gb": size / 1e9,
         "largest_tensor_gb": largest / 1e9,
         "seconds": round(whole, 1),
         "mb_per_second": round(size / 1e6 / whole),
-        "cat_mb_per_second": round(size / 1e6 / read),
+        "start_seconds": round(start, 1),
+        "plain_seconds": round(plain, 1),
+        "plain_mb_per_second": round(size / 1e6 / plain),
+        "of_plain": round(plain / (whole - start), 2),
+        "export_seconds": round(back, 1),
         "peak_gb": round(peak / 1e9, 2),
+        "export_peak_gb": round(peak_back / 1e9, 2),
         "idle_gb": round(idle / 1e9, 2),
         "allowed_gb": round((size + 2 * largest + idle) / 1e9, 2),
     }
@@ -81,13 +89,30 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int]:
     one, two = (2 * sum(np.prod(e.shape) for e in entries(config | {"num_layers": n})) for n in (1, 2))
     config["num_layers"] = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
     found = entries(config)
-    sizes = {entry.name: int(2 * np.prod(entry.shape)) for entry in found}
+    shapes = {entry.name: (entry.shape, "bfloat16") for entry in found}
+    sizes = [2 * math.prod(entry.shape) for entry in found]
     random = np.random.default_rng(0)
     tensors = ((e.name, random.standard_normal(e.shape, np.float32).astype(ml_dtypes.bfloat16)) for e in found)
-    published.write(folder / "transformer", "diffusion_pytorch_model", config, tensors, sizes)
+    published.write(folder / "transformer", "diffusion_pytorch_model", config, tensors, shapes)
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    return int(sum(sizes.values())), int(max(sizes.values()))
+    return sum(sizes), max(sizes)
+
+
+def copied(files: list[Path], to: Path) -> float:
+    """Seconds for the same bytes read, written, fsynced and hashed."""
+    start, buffer = time.perf_counter(), memoryview(bytearray(2**24))
+    with open(to, "wb", buffering=0) as out:
+        for file in files:
+            with open(file, "rb", buffering=0) as source:
+                while count := source.readinto(buffer):
+                    out.write(buffer[:count])
+        os.fsync(out.fileno())
+    with open(to, "rb") as out:
+        hashlib.file_digest(out, "sha256")
+    seconds = time.perf_counter() - start
+    to.unlink()
+    return seconds
 
 
 def timed(*command: object) -> tuple[float, int]:

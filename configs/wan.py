@@ -4,9 +4,10 @@
         --config.data.path=videos --config.lora.rank=32
     python -m vgjax.plan --config configs/wan.py:wan2.1-t2v-14b --topology v5p:2x2x1 --job sample --batch 1
 
-CONVERTED is what `vgjax.convert` made of the published folder. The clips and their captions are encoded once, by the
-VAE and the text encoder in it. Without `lora.rank` the whole transformer goes on learning. Of two experts (2.2)
-`--config.component=transformer_2` is that of low noise. `configs/wan.py:own` takes whatever size CONVERTED holds.
+CONVERTED is what `vgjax.convert` made of the published folder: the transformer is `crossdit`. The clips and their
+captions are encoded once, by the VAE (`wan_vae`) and the text encoder (`t5`) in it. Without `lora.rank` the whole
+transformer goes on learning. Of two experts (2.2) `--config.component=transformer_2` is that of low noise.
+`configs/wan.py:own` takes whatever size CONVERTED holds.
 """
 
 from ml_collections import ConfigDict

@@ -254,6 +254,41 @@ def test_leaves_that_are_missing_extra_or_of_another_shape_or_dtype_are_refused_
     assert saver.steps() == [1, 2]  # a config that does not fit is no damage
 
 
+def test_a_state_that_comes_in_pieces_is_the_state(tmp_path):
+    whole = {"a": {"b": jnp.arange(6.0), "c": jnp.ones((2, 3), jnp.bfloat16)}, "d": {"e": jnp.arange(3)}}
+    pieces = [{"a": {"c": whole["a"]["c"]}}, {"d": whole["d"]}, {"a": {"b": whole["a"]["b"]}}]
+    saver = Checkpoints(tmp_path, keep_last=1)
+    saver.save(1, whole, META)
+    saver.stream(2, iter(pieces), META)
+    assert saver.steps() == [2] and sorted(path.name for path in tmp_path.iterdir()) == ["00000002"]
+    tree, meta, step = saver.restore(abstract(whole))
+    assert digest(tree) == digest(whole) and step == 2 and meta["config"] == META["config"]
+    assert digest(load(tmp_path, "a")[0]) == digest(whole["a"])
+    stored, read, _ = checkpoint.opened(tmp_path, "a")
+    assert stored["c"].shape == (2, 3) and digest({"c": read("c")}) == digest({"c": whole["a"]["c"]})
+
+
+def test_pieces_that_cannot_be_made_or_written_leave_older_steps(copy):
+    saver, big = Checkpoints(copy, keep_last=1), jax.random.normal(jax.random.key(0), (256, 256))
+
+    def unreadable():
+        yield {"w": jnp.ones(3)}
+        raise UserError("the source is gone")
+
+    with pytest.raises(UserError, match="the source is gone"):
+        saver.stream(3, unreadable(), {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    try:
+        with pytest.raises(StorageError, match="step 3 was not saved to .*; the steps saved before it are untouched"):
+            saver.stream(3, iter([{"w": big}, {"v": big}]), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saver.steps() == [1, 2] and not list(copy.glob("*.unfinished"))
+    saver.stream(3, iter([{"w": big}, {"v": big}]), {})
+    assert saver.steps() == [3]
+
+
 def test_keep_last_and_keep_every_decide_what_stays(tmp_path):
     saver = Checkpoints(tmp_path, keep_last=2, keep_every=30)
     for step in range(10, 80, 10):

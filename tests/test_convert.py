@@ -1,17 +1,25 @@
 """Open weights in and out: every bit comes back, nothing is overwritten, and what does not fit is said at once."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import open_models
 import pytest
 import torch
-from conftest import program
+from conftest import ROOT, program
 from safetensors.torch import load_file, save_file
 
-from vgjax import checkpoint, convert
+from vgjax import checkpoint, convert, sharding, weights
 from vgjax.errors import USER, UserError
+from vgjax.families.store import abstract
+from vgjax.models import crossdit
+from vgjax.published import write
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +140,47 @@ def rewritten(folder, name, **changes):
     path = folder / name / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+PEAKS = """
+import re, sys
+from pathlib import Path
+from vgjax import convert
+to = Path(sys.argv[1])
+convert.BATCH //= 8  # of a model that is as much smaller than those one converts
+for source in map(Path, sys.argv[2:]):
+    convert.convert(source, to / "in" / source.name, None, None)
+    convert.export(to / "in" / source.name, to / "out" / source.name)
+    print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def large(folder, layers, dim=1536):
+    """A published transformer of bf16: (its bytes, those of its largest tensor)."""
+    config = dict(
+        _class_name="WanTransformer3DModel", num_attention_heads=dim // 128, attention_head_dim=128, ffn_dim=4 * dim,
+        in_channels=16, out_channels=16, text_dim=dim, patch_size=(1, 2, 2), num_layers=layers,
+    )  # fmt: skip
+    model = crossdit.CrossDiT(**crossdit.published(config))
+    entries = weights.entries(crossdit.weights(model), sharding.unboxed(abstract(model, crossdit)))
+    tensors = ((entry.name, np.ones(entry.shape, jnp.bfloat16)) for entry in entries)
+    shapes = {entry.name: (entry.shape, "bfloat16") for entry in entries}
+    write(folder / "transformer", "diffusion_pytorch_model", config, tensors, shapes)
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    sizes = [2 * int(np.prod(entry.shape)) for entry in entries]
+    return sum(sizes), max(sizes)
+
+
+def test_memory_stays_at_a_models_size_and_two_tensors(tmp_path):
+    """In a process of its own, beside what converting a model of next to nothing takes."""
+    large(tmp_path / "small", 1, dim=128)
+    size, largest = large(tmp_path / "large", 2)
+    command = [sys.executable, "-c", PEAKS, *map(str, (tmp_path, tmp_path / "small", tmp_path / "large"))]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    idle, peak = (int(line) * 1024 for line in ran.stdout.split())
+    assert peak - idle <= size + 2 * largest, f"{(peak - idle) / 1e6:.0f} MB for a model of {size / 1e6:.0f}"
 
 
 def test_nothing_is_overwritten(published, tmp_path):

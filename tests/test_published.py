@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from vgjax import published
 from vgjax.errors import UserError
@@ -42,13 +43,24 @@ def test_a_variant_beside_the_whole_is_left_alone(tmp_path):
 
 def test_what_is_written_is_read_again_in_files_of_a_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "SHARD", 30)
-    sizes = {name: tensor.nbytes for name, tensor in TENSORS.items()}
-    published.write(tmp_path, "model", {"_class_name": "X"}, iter(TENSORS.items()), sizes)
+    shapes = {name: (tensor.shape, tensor.dtype.name) for name, tensor in TENSORS.items()}
+    published.write(tmp_path, "model", {"_class_name": "X"}, iter(TENSORS.items()), shapes)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     ]  # fmt: skip
     folder = Folder(tmp_path)
     assert all(folder.read(name).tobytes() == tensor.tobytes() for name, tensor in TENSORS.items())
+
+
+def test_types_of_several_widths_lie_where_torch_can_read_them(tmp_path):
+    tensors = {"thin": np.ones(3, ml_dtypes.bfloat16), "none": np.float32(7).reshape(()), "wide": TENSORS["a"].T}
+    shapes = {name: (tensor.shape, tensor.dtype.name) for name, tensor in tensors.items()}
+    published.write(tmp_path, "model", {"_class_name": "X"}, iter(tensors.items()), shapes)
+    theirs = load_file(tmp_path / "model.safetensors")
+    assert theirs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(theirs[name].float().numpy(), tensor.astype(np.float32))
+        np.testing.assert_array_equal(Folder(tmp_path).read(name), tensor)
 
 
 def broken(folder, kind):

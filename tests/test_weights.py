@@ -1,9 +1,12 @@
 """Weight tables are permutations: both directions agree bit by bit, and whatever does not fit is said."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vgjax import layouts, weights
@@ -46,6 +49,37 @@ def test_every_tensor_has_its_place(tensors):
     np.testing.assert_array_equal(params["blocks"]["qkv"]["kernel"][1, 0], q.transpose(2, 0, 1))
     np.testing.assert_array_equal(params["blocks"]["up"]["kernel"][2], tensors["layer.2.out.weight"][:, 12:].T)
     np.testing.assert_array_equal(params["norm"]["scale"], np.roll(tensors["norm.weight"], 3))
+
+
+@pytest.mark.parametrize("dims", ["a b c d", "d c b a", "b d a c", "a c d b", "c a b d"])
+@pytest.mark.parametrize("shape", [(5, 40, 7, 33), (1, 70, 1, 2), (3, 1, 1, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("types", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_a_copy_in_strips_is_the_copy(dims, shape, types):
+    of, to = map(jnp.dtype, types)
+    x = np.random.default_rng(0).standard_normal(shape).astype(of)
+    for part in (x, x[:, :, :, : -(-shape[3] // 2)]):
+        turned = rearrange(part, f"a b c d -> {dims}")
+        made = weights.copied(np.empty(turned.shape, to), turned)
+        assert made.tobytes() == turned.astype(to).tobytes()
+
+
+def test_leaves_come_one_by_one_and_are_let_go(tensors):
+    asked = []
+    leaves = weights.leaves(TABLE, TREE, lambda name: asked.append(name) or tensors[name])
+    path, leaf = next(leaves)
+    assert path == "blocks/out/kernel" and asked == [f"layer.{i}.out.weight" for i in range(3)]
+    gone = weakref.ref(leaf)
+    del leaf
+    next(leaves)
+    assert gone() is None
+
+
+def test_export_of_an_abstract_tree_reads_a_leaf_once_and_lets_it_go(tensors):
+    params, asked = weights.flat(weights.load(TABLE, TREE, tensors.__getitem__)), []
+    exported = dict(weights.export(TABLE, TREE, lambda path: asked.append(path) or params[path]))
+    assert sorted(asked) == sorted(params)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(exported[name], tensor)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

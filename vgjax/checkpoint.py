@@ -13,6 +13,7 @@ A save becomes a step by one rename, after its bytes, its manifest and its direc
 Orbax alone loads most flipped bits without a word (benchmarks/bitflips.py) and fsyncs neither metadata nor rename.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -21,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,37 @@ class Checkpoints:
         Waits for the save before it and raises its StorageError if it failed.
         """
         self.finish()
-        part = self._folder(step, UNFINISHED)
-        text = json.dumps({**meta, "step": step, "versions": versions()}, indent=1)
-        with writing(part):
-            if jax.process_index() == 0:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
-                (part / META).write_text(text)
-            response = ocp.save_async(part / STATE, state)
-        self._pending = step, self._thread.submit(self._complete, response, step)
+        with writing(self._folder(step, UNFINISHED)):
+            response = ocp.save_async(self._begin(step, meta) / STATE, state)
+        self._pending = step, self._thread.submit(self._complete, response.result, step)
         if wait:
             self.finish()
+
+    def stream(self, step: int, states: Iterable[dict[str, Any]], meta: dict[str, Any]) -> None:
+        """Saves as `step` the nested dicts `states` merged into one, each written while the next is made.
+
+        So no more than two of them need be in memory. They are not compressed, which would copy each once more.
+        Returns once the step is finished; StorageError if it could not be written.
+        """
+        self.finish()
+        with writing(self._folder(step, UNFINISHED)):
+            target = self._begin(step, meta) / STATE
+        for state in states:
+            self.finish()
+            self._pending = step, self._thread.submit(_add, target, state)
+        self.finish()
+        self._pending = step, self._thread.submit(self._complete, functools.partial(ocp.partial.finalize, target), step)
+        self.finish()
+
+    def _begin(self, step: int, meta: dict[str, Any]) -> Path:
+        """The folder of a save in flight, with what it says of itself."""
+        part = self._folder(step, UNFINISHED)
+        text = json.dumps({**meta, "step": step, "versions": versions()}, indent=1)
+        if jax.process_index() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            (part / META).write_text(text)
+        return part
 
     def finish(self) -> None:
         """Waits for the save in flight and raises StorageError if it failed. Call it before the process exits."""
@@ -138,9 +159,9 @@ class Checkpoints:
             _say(f"{_told({folder: damaged[folder]})}; moved to {aside}, using step {int(good.name)}")
         return int(good.name), ""
 
-    def _complete(self, response: Any, step: int) -> None:
+    def _complete(self, written: Callable[[], Any], step: int) -> None:
         """The background half of a save: wait for Orbax, vouch for the files, make it a step, remove old ones."""
-        response.result()
+        written()
         if jax.process_index() == 0:
             part, final, old = self._folder(step, UNFINISHED), self._folder(step), self._folder(step, REMOVED)
             seal(part)
@@ -183,16 +204,35 @@ def load(
     and the abstract tree, gives what of it to read, with its shardings. Structs and named tuples come back as dicts.
     Changes nothing on disk. UserError when there is nothing to read.
     """
+    folder, wanted, meta = _stored(path, [items] if isinstance(items, str) else items)
+    tree = _read(folder, place(meta, wanted) if place else wanted, partial=True)
+    return (tree[items] if isinstance(items, str) else tree), meta, meta["step"]
+
+
+def opened(path: str | os.PathLike, item: str) -> tuple[PyTree, Callable[[str], np.ndarray], dict[str, Any]]:
+    """What `load` would give of one entry, leaf by leaf: `(abstract tree, what reads the leaf of a path, meta)`."""
+    folder, wanted, meta = _stored(path, [item])
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(wanted[item])}
+
+    def read(leaf: str) -> np.ndarray:
+        # Orbax reads numpy's for numpy's, with a copy less than for JAX's.
+        like: Any = np.broadcast_to(np.zeros((), leaves[leaf].dtype), leaves[leaf].shape)
+        tree = functools.reduce(lambda inner, name: {name: inner}, reversed([item, *leaf.split("/")]), like)
+        return jax.tree.leaves(_load(folder, tree, partial=True))[0]
+
+    return wanted[item], read, meta
+
+
+def _stored(path: str | os.PathLike, items: Sequence[str] | None) -> tuple[Path, dict[str, PyTree], dict[str, Any]]:
+    """The newest undamaged step, the abstract entries of its state that are asked for, and its meta."""
     folder = newest(Path(path).absolute())
     stored = ocp.metadata(folder / STATE).metadata
-    names = list(stored) if items is None else [items] if isinstance(items, str) else list(items)
+    names = list(stored) if items is None else list(items)
     if absent := sorted(set(names) - set(stored)):
         raise UserError(f"checkpoint {folder} has no {', '.join(absent)}; it has {', '.join(sorted(stored))}")
     # The device that a leaf was saved from may be another process's.
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
-    wanted, meta = {name: wanted[name] for name in names}, json.loads((folder / META).read_text())
-    tree = _read(folder, place(meta, wanted) if place else wanted, partial=True)
-    return (tree[items] if isinstance(items, str) else tree), meta, meta["step"]
+    return folder, {name: wanted[name] for name in names}, json.loads((folder / META).read_text())
 
 
 def meta(path: str | os.PathLike) -> dict[str, Any]:
@@ -261,19 +301,30 @@ def _newest_good(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]
     return None, damaged
 
 
+def _add(target: Path, state: dict[str, Any]) -> None:
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    with context:
+        ocp.partial.save(target, state)
+
+
 def _read(folder: Path, abstract: PyTree, partial: bool = False) -> PyTree:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    with context:
-        tree = ocp.load(folder / STATE, jax.tree.map(placed, abstract))
+    tree = _load(folder, jax.tree.map(placed, abstract), partial)
     # Orbax hands back the abstract leaf for what it did not find.
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)), f"leaves of {folder} were not read"
     return tree
+
+
+def _load(folder: Path, abstract: PyTree, partial: bool) -> PyTree:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+        return ocp.load(folder / STATE, abstract)
 
 
 def check_leaves(tree: PyTree, abstract: PyTree, path: str | os.PathLike) -> None:

@@ -1,16 +1,19 @@
 """Open weights in and out: `python -m vgjax.convert --from FOLDER --to DIR`, and back with `--export`.
 
+With the workdir of a finetuning as FOLDER, DIR is the converted folder that it began with, what it learned merged in.
+
 FOLDER is a pipeline as diffusers publishes it. DIR then holds a checkpoint of each model in it that describes itself,
 and what else the folder says (tokenizers, scheduler, model_index.json) as it was. Every published tensor is used once
-and every parameter filled once, or nothing is written and all that does not fit is listed. Tensors go one by one to
-their place on the devices (what that costs: benchmarks/convert.py).
+and every parameter filled once, or nothing is written and all that does not fit is listed. Leaf by leaf is read, put
+on the devices, written and let go, so a model need not fit into memory (what that costs: benchmarks/convert.py).
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +24,13 @@ import numpy as np
 
 from vgjax import checkpoint, distributed, experiment, layouts, program, published, sharding, weights
 from vgjax.errors import UserError, door
+from vgjax.families import tune
 from vgjax.families.store import INDEX, READERS, abstract, fields, reader
+from vgjax.families.texts import FOLDER
 from vgjax.storage import writing
 
 UNFINISHED = ".unfinished"
+BATCH = 2**27  # bytes of leaves that are written together, or one that is larger
 
 
 @door
@@ -41,6 +47,10 @@ def main(argv: list[str]) -> None:
     program.workdir(str(part))
     if args.export:
         export(source, part)
+    elif found := tune.tuned(source):
+        folder, run = found
+        tune.merge(folder, run, part, args.dtype)
+        rest(folder, part, {run.component})
     else:
         convert(source, part, args.dtype, where)
     with writing(to):
@@ -53,7 +63,10 @@ def main(argv: list[str]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m vgjax.convert", description="Open weights to checkpoints and back.")
     parser.add_argument(
-        "--from", dest="source", required=True, help="folder of a published pipeline (or a converted one)"
+        "--from",
+        dest="source",
+        required=True,
+        help="folder of a published pipeline (or a converted one, or a finetuning)",
     )
     parser.add_argument("--to", required=True, help="an empty or new folder")
     parser.add_argument("--dtype", choices=weights.FLOATS, help="of the parameters; default: as published")
@@ -132,14 +145,27 @@ class Component:
             for path, leaf in weights.flat(self.tree).items()
         ]
         tree = jax.tree.unflatten(jax.tree.structure(self.tree), wanted)
-        params = weights.load(self.table, tree, self.files.read)
         section = {"kind": self.kind, **self.section}
         meta = {"config": {"model": section}, "published": self.config, "prefix": self.prefix}
         if hasattr(self.of_model, "stats"):
             meta["stats"] = [np.asarray(row).tolist() for row in self.of_model.stats(self.config)]
         with checkpoint.Checkpoints(to / checkpoint.SUBDIR) as kept:
-            kept.save(0, {"ema": {"vae" if "stats" in meta else "model": params}}, meta, wait=True)
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            name = "vae" if "stats" in meta else "model"
+            leaves = weights.leaves(self.table, tree, self.files.read)
+            kept.stream(0, ({"ema": {name: batch}} for batch in batches(leaves)), meta)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in wanted)
+
+
+def batches(leaves: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The leaves in nested dicts of `BATCH` bytes or more: each one that is saved costs 0.03 s."""
+    batch: dict[str, Any] = {}
+    for path, leaf in leaves:
+        batch[path] = leaf
+        if sum(one.nbytes for one in batch.values()) >= BATCH:
+            yield weights.nested(batch)
+            batch = {}
+    if batch:
+        yield weights.nested(batch)
 
 
 def table_of(model: Any, of_model: ModuleType, prefix: str | None) -> weights.Table:
@@ -152,27 +178,38 @@ def export(source: Path, to: Path) -> None:
     index = published.read_json(source / INDEX)
     models = {name for name in index if (source / name / checkpoint.SUBDIR).is_dir()}
     for name in sorted(models):
-        tree, meta, _ = checkpoint.load(source / name, items="ema")
-        config, (params,) = meta["published"], tree.values()
+        stored, read, meta = checkpoint.opened(source / name, "ema")
+        config, ((kind, tree),) = meta["published"], stored.items()
         cls, of_model, stem = reader(config, source / name)
         table = table_of(cls(**fields(config, source / name)), of_model, meta["prefix"])
-        leaves = weights.flat(params)
-        sizes = {
-            entry.name: int(np.prod(entry.shape)) * leaves[entry.places[0][0].leaf].dtype.itemsize
-            for entry in weights.entries(table, params)
+        leaves = weights.flat(tree)
+        shapes = {
+            entry.name: (entry.shape, leaves[entry.places[0][0].leaf].dtype.name)
+            for entry in weights.entries(table, tree)
         }
-        published.write(to / name, stem, config, weights.export(table, params), sizes)
+        tensors = weights.export(table, tree, lambda path, read=read, kind=kind: read(f"{kind}/{path}"))
+        published.write(to / name, stem, config, tensors, shapes)
     rest(source, to, models)
 
 
 def rest(source: Path, to: Path, models: set[str]) -> None:
-    """Copies what is not a model: tokenizers, scheduler, model_index.json."""
+    """Copies all but these models and the embeddings: tokenizers, scheduler, model_index.json."""
     with writing(to):
         for entry in sorted(source.iterdir()):
-            if entry.is_dir() and entry.name not in models:
-                shutil.copytree(entry, to / entry.name)
+            if entry.is_dir() and entry.name not in models | {FOLDER}:
+                shutil.copytree(entry, to / entry.name, copy_function=_linked)
             elif entry.suffix == ".json":
                 shutil.copy(entry, to / entry.name)
+
+
+def _linked(source: str, to: str) -> None:
+    """A copy; of a checkpoint, which is never changed, the file itself under a second name where the disk can."""
+    try:
+        if checkpoint.SUBDIR not in Path(source).parts:
+            raise OSError("may be edited by hand")
+        os.link(source, to)
+    except OSError:
+        shutil.copy2(source, to)
 
 
 if __name__ == "__main__":

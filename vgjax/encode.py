@@ -42,6 +42,10 @@ class Trained:
     def made_by(self) -> dict[str, str]:
         return {"vae": checkpoint.digest(self.frozen)}
 
+    def check(self, frames: int, size: tuple[int, int]) -> None:
+        """A `UserError` for clips that the VAE does not take."""
+        self.vae.latent_shape(frames, *size)
+
     @contextlib.contextmanager
     def encoder(self, batch: int = 32) -> Iterator[tuple[int, Encode]]:
         """(clips at a time, function)."""
@@ -65,6 +69,10 @@ class Published:
 
     def made_by(self) -> dict[str, str]:
         return {"vae": identity(self.store, "vae"), "text encoders": identity(self.store, "text_encoder", "tokenizer")}
+
+    def check(self, frames: int, size: tuple[int, int]) -> None:
+        """A `UserError` for clips that the models do not take."""
+        OpenSampler(self.store).latent_shape(frames, size)
 
     @contextlib.contextmanager
     def encoder(self) -> Iterator[tuple[int, Encode]]:
@@ -99,6 +107,7 @@ def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path,
                 f"the latents in {out} were made with another {', '.join(other)}: delete the folder or give another one"
             )
         return
+    by.check(data.frames, tuple(data.size))
     bad, captions = BadFiles(bad_files, names(source)), []
     with LatentWriter(out, made_by) as writer:
         with by.encoder() as (batch, encode):
@@ -107,8 +116,8 @@ def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path,
                 for example, latent in zip(group, latents, strict=True):
                     writer.add(latent, example.caption, example.id)
                     captions.append(example.caption)
+        bad.check(data.get("max_bad", 0.1))
         by.read(captions, writer)
-    bad.check(data.get("max_bad", 0.1))
     print(f"encoded {writer.count} of {len(source)} clips into {out}", flush=True)
 
 

@@ -16,7 +16,20 @@ from vgjax.errors import UserError
 
 # Sections whose options are checked, before anything starts, against what they configure: a flag may set one that the
 # file leaves alone.
-OPEN = ("data", "evaluate", "layout", "model", "objective", "sample", "shift", "text", "time", "tokenizer", "train")
+OPEN = (
+    "data",
+    "evaluate",
+    "layout",
+    "lora",
+    "model",
+    "objective",
+    "sample",
+    "shift",
+    "text",
+    "time",
+    "tokenizer",
+    "train",
+)
 
 
 def start(absent: bool = False) -> None:

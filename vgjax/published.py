@@ -3,15 +3,17 @@
 Only safetensors are read: a pickle can run any code of its author.
 """
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by name then)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from vgjax.errors import UserError
 from vgjax.storage import writing
@@ -19,6 +21,7 @@ from vgjax.storage import writing
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = 5 * 10**9  # bytes of a file, as the hub has them
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CODES = {name: code for code, name in TYPES.items()}
 INDEX = ".safetensors.index.json"
 
 
@@ -26,34 +29,38 @@ class Folder:
     """The tensors of one folder: `shapes` says what is there, `read` brings one."""
 
     def __init__(self, folder: Path):
-        self.folder, self._open = folder, {}
-        self.places: dict[str, Path] = {}
+        self.places: dict[str, tuple[Path, int]] = {}  # the file, and the byte in it at which a tensor begins
         self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for file, wanted in _files(folder).items():
-            opened = self._file(file)
-            there = set(opened.keys())
-            if absent := sorted((wanted or there) - there):
+            start, there = _header(file)
+            if absent := sorted((wanted or there.keys()) - there.keys()):
                 raise UserError(
                     f"{file} lacks {', '.join(absent[:3])}, which the index says it holds: download it again"
                 )
             for name in wanted or there:
                 if name in self.places:
-                    raise UserError(f"{name} is in {self.places[name]} and in {file}: remove one of them")
-                piece = opened.get_slice(name)
-                self.places[name] = file
-                self.shapes[name] = tuple(piece.get_shape()), TYPES.get(piece.get_dtype(), piece.get_dtype())
+                    raise UserError(f"{name} is in {self.places[name][0]} and in {file}: remove one of them")
+                self.places[name] = file, start + there[name]["data_offsets"][0]
+                self.shapes[name] = tuple(there[name]["shape"]), TYPES.get(there[name]["dtype"], there[name]["dtype"])
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read from the disk now."""
-        return self._file(self.places[name]).get_tensor(name)
+        """One tensor, read from the disk now: not mapped, since the pages of a map count as memory of the process."""
+        (file, start), (shape, dtype) = self.places[name], self.shapes[name]
+        return np.fromfile(file, dtype, math.prod(shape), offset=start).reshape(shape)
 
-    def _file(self, file: Path) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is no whole safetensors file ({error}): download it again") from error
-        return self._open[file]
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and type, shape and place behind it of each."""
+    try:
+        with safe_open(file, framework="numpy"):  # which checks that the file is whole
+            pass
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}): download it again") from error
+    header.pop("__metadata__", None)
+    return 8 + size, header
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
@@ -96,12 +103,13 @@ def write(
     stem: str,
     config: Mapping[str, Any],
     tensors: Iterator[tuple[str, np.ndarray]],
-    sizes: Mapping[str, int],
+    shapes: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> None:
     """The tensors in files of at most `SHARD` bytes with an index, or in one file, beside their config.json.
 
-    sizes: bytes of each tensor, in the order in which they come.
+    Each is written before the next is asked for. shapes: shape and type of each, in the order in which they come.
     """
+    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in shapes.items()}
     shards: list[dict[str, int]] = [{}]
     for name, size in sizes.items():
         if shards[-1] and sum(shards[-1].values()) + size > SHARD:
@@ -117,11 +125,38 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file, shard in zip(names, shards, strict=True):
-            save_file(dict(next(tensors) for _ in shard), folder / file, metadata={"format": "pt"})
+            _save(folder / file, tensors, {name: shapes[name] for name in shard}, shard)
         if count > 1:
             places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(
+    file: Path,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    shapes: Mapping[str, tuple[tuple[int, ...], str]],
+    sizes: Mapping[str, int],
+) -> None:
+    """One safetensors file: the length of its header, the header, and the tensors, wide types first so all are aligned.
+
+    safetensors' own writer wants all tensors at once and copies each.
+    """
+    places, end = {}, 0
+    for name in sorted(shapes, key=lambda name: -np.dtype(shapes[name][1]).itemsize):
+        places[name], end = end, end + sizes[name]
+    header = {"__metadata__": {"format": "pt"}} | {
+        name: {"dtype": CODES[shapes[name][1]], "shape": shapes[name][0], "data_offsets": (at, at + sizes[name])}
+        for name, at in places.items()
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in itertools.islice(tensors, len(shapes)):
+            assert (tensor.shape, tensor.dtype.name) == shapes[name], f"{name} is not what was said of it"
+            opened.seek(8 + len(text) + places[name])
+            opened.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
 def class_of(config: Mapping[str, Any], where: Path) -> str:

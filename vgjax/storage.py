@@ -22,13 +22,15 @@ MANIFEST = "manifest.json"
 def seal(folder: Path) -> None:
     """Makes every file of a step durable and writes its manifest, durable too."""
     paths = sorted(folder.rglob("*"))
-    files = {}
-    for path in paths:
-        if path.is_file():
-            with open(path, "rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            files[path.relative_to(folder).as_posix()] = {"sha256": checksum, "size": path.stat().st_size}
+
+    def sealed_file(path: Path) -> tuple[str, dict[str, Any]]:
+        with open(path, "rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        return path.relative_to(folder).as_posix(), {"sha256": checksum, "size": path.stat().st_size}
+
+    with ThreadPoolExecutor() as threads:  # hashing and waiting for the disk release the interpreter lock
+        files = dict(threads.map(sealed_file, filter(Path.is_file, paths)))
     for path in paths:
         if path.is_dir():
             fsync(path)

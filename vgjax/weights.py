@@ -5,9 +5,12 @@ behind the other (`Joined`). A "{}" in a name counts layers: the first dim of th
 numbers: loading and exporting lose no bit, and whatever does not fit is known before anything is read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +24,7 @@ from vgjax.errors import UserError
 from vgjax.typing import PyTree
 
 FLOATS = ("float32", "bfloat16", "float16")
+STRIP = 64  # bytes of a row that are written before the next row's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +46,36 @@ class Part:
         """Their tensor, of ours (an array, or one that is traced)."""
         if not self.dims:
             return ours
-        left, flat, right = self._sides()
+        left, flat, between, right = self._sides()
         x = rearrange(ours, f"{left} -> {flat}", **dict(self.sizes))
-        return rearrange(self._taken(x, flat, back=True), f"{flat} -> {right}")
+        x = rearrange(x, f"{flat} -> {between}")
+        x = copied(np.empty(x.shape, x.dtype), x) if isinstance(x, np.ndarray) else x
+        return rearrange(self._taken(x, between, back=True), f"{between} -> {right}")
 
-    def ours(self, theirs: Any, shape: tuple[int, ...]) -> Any:
-        """Ours of `shape`, of their tensor."""
+    def fill(self, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """Ours, in its type, of their tensor."""
         if not self.dims:
-            return theirs
-        left, flat, right = self._sides()
-        atoms = jax.eval_shape(
-            lambda x: rearrange(x, f"{left} -> {flat}", **dict(self.sizes)), jax.ShapeDtypeStruct(shape, jnp.float32)
-        )
-        x = rearrange(theirs, f"{right} -> {flat}", **dict(zip(flat.split(), atoms.shape, strict=True)))
-        return rearrange(self._taken(x, flat, back=False), f"{flat} -> {left}")
+            ours[...] = theirs
+            return
+        left, flat, between, right = self._sides()
+        ours = rearrange(ours, f"{left} -> {flat}", **dict(self.sizes))
+        x = rearrange(theirs, f"{right} -> {between}", **self._named(flat, ours.shape))
+        copied(ours, rearrange(self._taken(x, between, back=False), f"{between} -> {flat}"))
 
-    def _sides(self) -> tuple[str, str, str]:
+    def _sides(self) -> tuple[str, str, str, str]:
+        """Ours and theirs, each also without its groups."""
         left, right = (side.strip() for side in self.dims.split("->"))
-        return left, left.replace("(", "").replace(")", ""), right
+        flat, between = (side.replace("(", "").replace(")", "") for side in (left, right))
+        return left, flat, between, right
 
-    def _taken(self, x: Any, flat: str, back: bool) -> Any:
+    def _named(self, dims: str, shape: tuple[int, ...]) -> dict[str, int]:
+        return {name: size for name, size in zip(dims.split(), shape, strict=True) if name != "1"}
+
+    def _taken(self, x: Any, dims: str, back: bool) -> Any:
         if self.order is None:
             return x
         name, indices = self.order
-        dim = flat.split().index(name)
+        dim = dims.split().index(name)
         at = indices(x.shape[dim])
         return x.take(np.argsort(at) if back else at, axis=dim)
 
@@ -132,6 +142,15 @@ def flat(tree: PyTree) -> dict[str, Any]:
     """Leaves by their path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nested(leaves: Mapping[str, Any]) -> PyTree:
+    """The dicts in which leaves lie at their path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        functools.reduce(lambda inner, folder: inner.setdefault(folder, {}), folders, tree)[name] = leaf
+    return tree
 
 
 def entries(table: Table, tree: PyTree) -> list[Entry]:
@@ -204,40 +223,40 @@ def dtypes(table: Table, tree: PyTree, given: Mapping[str, tuple[tuple[int, ...]
 
 
 def load(table: Table, wanted: PyTree, read: Callable[[str], np.ndarray]) -> PyTree:
-    """The tree `wanted` (abstract, with shardings or without) filled tensor by tensor.
+    """The tree `wanted` (abstract, with shardings or without) filled from their tensors."""
+    filled = dict(leaves(table, wanted, read))
+    return jax.tree.unflatten(jax.tree.structure(wanted), [filled[path] for path in flat(wanted)])
 
-    Each tensor goes to its place on the devices before the next is read: beside the tree the host holds one tensor and
-    its rearranged copy.
+
+def leaves(table: Table, wanted: PyTree, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, jax.Array]]:
+    """The leaves of `wanted` (abstract, with shardings or without) by their path, each at its place on the devices.
+
+    The host holds one leaf and, of one tensor, what was read and a copy.
     """
-    leaves = flat(wanted)
-    filled: dict[str, jax.Array] = {}
+    abstract = flat(wanted)
+    pieces: dict[str, list[tuple[str, tuple, Part, tuple[int, ...]]]] = {path: [] for path in abstract}
     for entry in entries(table, wanted):
-        theirs = read(entry.name)
-        sizes = [
-            _shape(part, leaves[part.leaf].shape[len(at) :])[entry.axis] if entry.shape else 0
-            for part, at in entry.places
-        ]
-        pieces = np.split(theirs, np.cumsum(sizes)[:-1], entry.axis) if len(sizes) > 1 else [theirs]
-        for (part, at), piece in zip(entry.places, pieces, strict=True):
-            leaf = leaves[part.leaf]
-            ours = np.ascontiguousarray(part.ours(piece, leaf.shape[len(at) :])).astype(leaf.dtype, copy=False)
-            filled[part.leaf] = _put(filled.get(part.leaf), leaf, ours, at)
-    order = [filled[path] for path in leaves]
-    return jax.tree.unflatten(jax.tree.structure(wanted), order)
+        start = 0
+        for part, at in entry.places:
+            shape = _shape(part, abstract[part.leaf].shape[len(at) :])
+            taken = [slice(None)] * len(shape)
+            if len(entry.places) > 1:
+                taken[entry.axis] = slice(start, start := start + shape[entry.axis])
+            pieces[part.leaf].append((entry.name, tuple(taken), part, at))
+    for path, leaf in abstract.items():
+        room = _room(leaf.shape, leaf.dtype)
+        for name, taken, part, at in pieces[path]:
+            part.fill(room[(*at, ...)], read(name)[taken])
+        yield path, _spread(room, getattr(leaf, "sharding", None))
 
 
-def _put(now: jax.Array | None, leaf: Any, ours: np.ndarray, at: tuple[int, ...]) -> jax.Array:
-    """The leaf, born with zeros where it is None, with `ours` at its place."""
-    sharding = getattr(leaf, "sharding", None)
-    if not at:
-        return _spread(ours, sharding)
-    if now is None:
-        now = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
-    part = None
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
-        part = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec[len(at) :]))
-    return _filled(now, _spread(ours, part), jnp.asarray(at, jnp.int32))
+def _room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory mapped for one leaf: it goes back when the leaf does, and JAX on CPUs takes over what begins at a page."""
+    count = math.prod(shape)
+    room = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(room, dtype, count).reshape(shape)
 
 
 def _spread(ours: np.ndarray, sharding: Any) -> jax.Array:
@@ -246,15 +265,43 @@ def _spread(ours: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(ours.shape, sharding, lambda index: ours[index])
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _filled(leaf: jax.Array, piece: jax.Array, at: jax.Array) -> jax.Array:
-    start = [*at, *[0] * piece.ndim]
-    return jax.lax.dynamic_update_slice(leaf, piece.reshape((1,) * at.shape[0] + piece.shape), start)
+def copied(to: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """`to`, which lies in order, with the numbers of `of`, which may be transposed.
+
+    Strip by strip, so that the rows of `of` which a strip crosses stay in the cache: ten times as fast as numpy's own
+    copy and XLA's transpose on CPUs.
+    """
+    whole = to
+    if to.dtype == of.dtype:
+        to, of = to.view(f"u{to.itemsize}"), of.view(f"u{to.itemsize}")
+    dims: list[tuple[int, int]] = []  # (size, stride in `of`), as one where they lie behind each other in both
+    for size, stride in zip(of.shape, of.strides, strict=True):
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = dims[-1][0] * size, stride
+        elif size > 1:
+            dims.append((size, stride))
+    to, of = (x.reshape([size for size, _ in dims]) for x in (to, of))
+    if not dims or dims[-1][1] == of.itemsize:
+        to[...] = of
+        return whole
+    step = STRIP // to.itemsize
+    for start in range(0, dims[-1][0], step):
+        to[..., start : start + step] = of[..., start : start + step]
+    return whole
 
 
-def export(table: Table, tree: PyTree) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors, one after the other."""
-    leaves = flat(tree)
+def export(table: Table, tree: PyTree, read: Callable[[str], Any] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors, one after the other; of an abstract tree `read` brings a leaf, which is held while it is used."""
+    bring = read or flat(tree).__getitem__
+    uses = Counter(part.leaf for entry in entries(table, tree) for part, _ in entry.places)
+    held: dict[str, np.ndarray] = {}
     for entry in entries(table, tree):
-        parts = [part.theirs(np.asarray(leaves[part.leaf][at])) for part, at in entry.places]
+        parts = []
+        for part, at in entry.places:
+            if part.leaf not in held:
+                held[part.leaf] = np.asarray(bring(part.leaf))
+            parts.append(part.theirs(held[part.leaf][(*at, ...)]))
+            uses[part.leaf] -= 1
+            if not uses[part.leaf]:
+                del held[part.leaf]
         yield entry.name, np.ascontiguousarray(np.concatenate(parts, entry.axis) if len(parts) > 1 else parts[0])

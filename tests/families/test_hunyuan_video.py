@@ -34,7 +34,7 @@ def settings(pair):
 
 @pytest.fixture(scope="module")
 def noise(pair, settings):
-    return jax.random.normal(jax.random.key(3), (2, *pair[1].latent_shape(settings)))
+    return jax.random.normal(jax.random.key(3), (2, *pair[1].latent_shape(settings.frames, settings.size)))
 
 
 @pytest.fixture(scope="module")

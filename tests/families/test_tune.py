@@ -8,6 +8,7 @@ import numpy as np
 import open_models
 import pytest
 from conftest import program
+from safetensors.numpy import load_file
 
 from vgjax import checkpoint, convert, experiment, sample, video, weights
 from vgjax.data.embeddings import Embeddings
@@ -104,6 +105,22 @@ def test_a_run_is_sampled_by_its_family_and_differs_from_what_it_began_with(home
     options = dict(frames=5, size=(32, 32), steps=2)
     ours, before = (OpenSampler(Store(folder, tuned=one))([CAPTIONS[0]], **options) for one in (tuned, None))
     assert (ours != before).mean() > 0.1
+
+
+def test_a_merged_folder_samples_as_the_run_does_and_is_exported(home, adapted):
+    for source, to, *more in (("lora", "merged"), ("merged", "exported", "--export")):
+        ran = program("convert", "--from", home / "wan" / source, "--to", home / "wan" / to, *more)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    folder, tuned = tune.tuned(home / "wan" / "lora")
+    options = dict(frames=5, size=(32, 32), steps=2)
+    run = OpenSampler(Store(folder, tuned=tuned))([CAPTIONS[1]], **options)
+    np.testing.assert_array_equal(OpenSampler(Store(home / "wan" / "merged"))([CAPTIONS[1]], **options), run)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(home / "wan" / name / file) for name in ("exported", "published"))
+    changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
+    assert ours.keys() == theirs.keys() and "blocks.0.attn1.to_q.weight" in changed
+    assert all(re.search(r"(attn\d\.to_(q|k|v|out\.0)|ffn\..*)\.weight", name) for name in changed)
+    assert not (home / "wan" / "merged" / texts.FOLDER).exists()
 
 
 def test_captions_are_encoded_as_the_sampler_encodes_prompts(home, adapted):

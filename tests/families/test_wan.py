@@ -63,7 +63,7 @@ def test_eight_steps_give_the_latents_and_frames_of_the_reference(pairs, picture
     store = sampler.store
     cfg = (4.0, 2.0) if "two" in kind else (5.0,)
     use = wan.settings(store, steps=8, frames=5, size=SIZE, cfg=cfg)
-    noise = jax.random.normal(jax.random.key(3), (2, *sampler.latent_shape(use)))
+    noise = jax.random.normal(jax.random.key(3), (2, *sampler.latent_shape(use.frames, use.size)))
     image = picture if "image" in kind else None
     texts, given = sampler.embed(PROMPTS, use, "bad, blurry"), wan.condition(store, image, 5, SIZE)
     asked = dict(prompt=PROMPTS, negative_prompt=["bad, blurry"] * 2, num_inference_steps=8, num_frames=5)
@@ -80,7 +80,7 @@ def test_eight_steps_give_the_latents_and_frames_of_the_reference(pairs, picture
 def test_every_layout_samples_the_latents_of_one_device(pairs, kind):
     _, sampler = pairs("two experts")
     use = wan.settings(sampler.store, steps=4, frames=5, size=SIZE)
-    noise = jax.random.normal(jax.random.key(3), (1, *sampler.latent_shape(use)))
+    noise = jax.random.normal(jax.random.key(3), (1, *sampler.latent_shape(use.frames, use.size)))
     texts = sampler.embed(PROMPTS[:1], use)
     spread = OpenSampler(Store(sampler.store.folder, where=layouts.find(kind, 8)))
     alone = sampler.latents(texts, noise, use, {})

@@ -62,7 +62,7 @@ class OpenSampler:
         """
         family, store = self.family, self.store
         use = family.settings(store, **changed)
-        shape = self.latent_shape(use)
+        shape = self.latent_shape(use.frames, use.size)
         texts = self.embed(prompts, use, negative)
         given = family.condition(store, image, use.frames, use.size)
         starts = noise(jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.uint32), shape)
@@ -75,9 +75,9 @@ class OpenSampler:
         both, n = embed(self.store, self.family, [*prompts, *other]), len(prompts)
         return jax.tree.map(lambda x: x[:n], both), jax.tree.map(lambda x: x[n:], both) if guided else None
 
-    def latent_shape(self, use: Settings) -> tuple[int, int, int, int]:
+    def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """`t h w c` of a video's latents; a `UserError` for a size that the models cannot make."""
-        shape = self.store.module(self.store.published("vae"), "vae").latent_shape(use.frames, *use.size)
+        shape = self.store.module(self.store.published("vae"), "vae").latent_shape(frames, *size)
         self.store.module(self.store.published("transformer"), "transformer").tokens(shape[:3])
         return shape
 

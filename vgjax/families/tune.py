@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from vgjax import checkpoint
@@ -69,6 +70,17 @@ def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
         )
     section = {key: _plain(value) for key, value in config["lora"].items()}
     return folder, Tuned(run, config["component"], Lora(**section) if section["rank"] else None, weights)
+
+
+def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:
+    """Writes into `to` the model that a run trained, adapters merged, in the types it was published in or in `dtype`."""
+    stored, _, meta = checkpoint.opened(folder / run.component, "ema")
+    ((kind, wanted),) = stored.items()
+    _, params, _ = Store(folder, tuned=run).read(run.component)
+    params = jax.tree.map(lambda x, leaf: x.astype(dtype or leaf.dtype), params, wanted)
+    said = {key: value for key, value in meta.items() if key in ("config", "published", "prefix")}
+    with checkpoint.Checkpoints(to / run.component / checkpoint.SUBDIR) as kept:
+        kept.save(0, {"ema": {kind: params}}, said, wait=True)
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,9 @@ def born(boxed: PyTree, rank: int, targets: Sequence[str], key: Key) -> PyTree:
         outer = (*shape[:several], rank, *shape[ends:]), (*box.names[:several], None, *box.names[ends:])
         at["b"] = Named(jnp.zeros(outer[0]), outer[1])
     if not found:
-        raise UserError(f"lora.targets={tuple(targets)} name no kernel of the model's blocks: try qkv, merge, mlp")
+        raise UserError(
+            f"config.lora.targets={tuple(targets)} name no kernel of the model's blocks: try qkv, merge, mlp"
+        )
     return found
 
 

@@ -28,7 +28,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha < 0:
             raise UserError(
-                f"lora.rank={self.rank} must be at least 1, lora.alpha={self.alpha} at least 0 (0: the rank)"
+                f"config.lora needs rank >= 1 (or 0 for none) and alpha >= 0 (0: the rank), got rank={self.rank}, "
+                f"alpha={self.alpha}"
             )
 
     @property
