@@ -5,7 +5,7 @@
     python -m vgjax.plan --config configs/hunyuan_video.py --topology v5p:4x4x4 --job sample --batch 8
 
 CONVERTED is what `vgjax.convert` made of the published folder: the transformer is `mmdit`. The clips and their captions
-are encoded once, by the VAE (`hunyuan_vae`) and the text encoders (`llama`, `clip`) in it. Without `lora.rank` the whole
+are encoded once, by the VAE (`hunyuan_vae`) and the text encoders (`llama`, `clip`). Without `lora.rank` the whole
 transformer goes on learning; it is told the guidance scale `objective.guidance`. `configs/hunyuan_video.py:own` takes
 whatever size CONVERTED holds.
 """

@@ -120,7 +120,7 @@ def test_a_merged_folder_samples_as_the_run_does_and_is_exported(home, adapted):
     changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
     assert ours.keys() == theirs.keys() and "blocks.0.attn1.to_q.weight" in changed
     assert all(re.search(r"(attn\d\.to_(q|k|v|out\.0)|ffn\..*)\.weight", name) for name in changed)
-    assert not (home / "wan" / "merged" / texts.FOLDER).exists()
+    assert not (home / "wan" / "exported" / texts.FOLDER).exists()
 
 
 def test_captions_are_encoded_as_the_sampler_encodes_prompts(home, adapted):

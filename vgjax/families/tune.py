@@ -73,7 +73,7 @@ def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
 
 
 def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:
-    """Writes into `to` the model that a run trained, adapters merged, in the types it was published in or in `dtype`."""
+    """Writes into `to` the model that a run trained, adapters merged, in the types it was published in or `dtype`."""
     stored, _, meta = checkpoint.opened(folder / run.component, "ema")
     ((kind, wanted),) = stored.items()
     _, params, _ = Store(folder, tuned=run).read(run.component)
