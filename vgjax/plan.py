@@ -404,7 +404,7 @@ def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.N
 
 
 def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> None:
-    """plan.json, plan.txt and plan.png."""
+    """plan.json, plan.txt and plan.png; of the config what a plan reads."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -416,7 +416,7 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
         "slices": args.slices,
         "devices": len(where.devices),
         "job": args.job,
-        "config": {name: part for name, part in config.to_dict().items() if name not in ("vae", "latents")},  # not read
+        "config": {name: part for name, part in config.to_dict().items() if name not in ("vae", "latents", "weights")},
         "rows": [dataclasses.asdict(row) for row in rows],
         "best": chosen.layout if chosen else None,
         "reason": why,
