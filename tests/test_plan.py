@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT, planned
 
-from vgjax import chips, layouts, plan, sharding, topology
+from vgjax import chips, experiment, layouts, plan, program, sharding, topology
 
 SMALL = ("--size", "32x32")
 
@@ -28,6 +28,35 @@ def test_the_planned_step_is_lowered_for_a_mesh_and_its_state_is_spread_over_it(
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.params))
     assert whole / 8 <= plan.memory_of_state(job)["params"] < whole / 4
     assert job.flops > plan.model_flops(model, "train") / 2 and job.tokens > 0
+
+
+def test_adapters_are_planned_with_the_frozen_model_beside_them():
+    where = layout, mesh = layouts.find("fsdp", 8)
+    found = {}
+    for rank in (0, 4):
+        given = [
+            "--topology",
+            "none",
+            "--batch",
+            "8",
+            "--frames",
+            "5",
+            "--size",
+            "64x64",
+            "--config",
+            "configs/wan.py:own",
+        ]
+        args, rest = plan.parse([*given, f"--config.lora.rank={rank}", "--config.layout=fsdp"])
+        config, _, _ = program.read_config(["plan", *rest], "", workdir=False)
+        config.model = dict(kind="crossdit", dim=64, heads=2, inner=96, blocks=2, channels=16, text_dim=32)
+        built = experiment.build(plan.adapt(config, args), plan.vae_of(args))
+        with sharding.use(layout, mesh):
+            job = plan.train_job(built, where)
+        found[rank] = plan.memory_of_state(job), plan.model_flops(built, "train"), plan.model_flops(built, "sample")
+    whole, adapted = found[0], found[4]
+    assert adapted[1] == pytest.approx(whole[1] * 2 / 3, rel=0.1) and adapted[2] == pytest.approx(whole[2], rel=0.1)
+    assert whole[0]["params"] / 2 < adapted[0]["params"] < whole[0]["params"]  # bf16 beside adapters in fp32
+    assert adapted[0]["optimizer"] < whole[0]["optimizer"] / 3
 
 
 def row(layout, **more):

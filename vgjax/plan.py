@@ -238,7 +238,7 @@ def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callabl
     config, settings = built.config, sample.settings_of(built.config)
     shape = built.vae.latent_shape(config.data.frames, *config.data.size)
     texts = abstract_batch(built, config.train.batch * (2 if settings.cfg != 1.0 else 1), where)
-    params = placed(sample.wanted(built), where) | frozen_of(built, where)
+    params = sharding.abstract(sample.wanted(built), where) | base_of(built, where)
     index = jax.ShapeDtypeStruct((config.train.batch,), np.uint32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     integrated = functools.partial(sample.integrated, built.objective, settings, shape)
@@ -253,20 +253,15 @@ def sample_job(built: experiment.Experiment, where: Where) -> Job:
     return Job(traced.lower(), None, inputs[0], flops.traced(traced.jaxpr.jaxpr), tokens)
 
 
-def placed(boxed: PyTree, where: Where, dtype: Any = None) -> PyTree:
-    """Abstract parameters where the layout has them, in a type of their own."""
-    at = sharding.shardings(boxed, *where) if where else jax.tree.map(lambda _: None, sharding.unboxed(boxed))
-    params = jax.tree.leaves(sharding.unboxed(boxed))
-    leaves = zip(params, jax.tree.leaves(at, is_leaf=lambda x: x is None), strict=True)
-    made = [jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=to) for x, to in leaves]
-    return jax.tree.unflatten(jax.tree.structure(sharding.unboxed(boxed)), made)
+def base_of(built: experiment.Experiment, where: Where = None) -> dict[str, PyTree]:
+    """What is frozen under adapters: the model, as published."""
+    return {"base": sharding.abstract(built.objective.base(), where, jnp.bfloat16)} if built.adapted else {}
 
 
 def frozen_of(built: experiment.Experiment, where: Where = None) -> PyTree:
-    """What a flow on latents needs of its VAE; under adapters also the model, as published."""
+    """What a flow on latents needs beside what learns."""
     stats = jax.ShapeDtypeStruct((built.vae.latent_channels,), jnp.float32)
-    base = {"base": placed(built.objective.base(), where, jnp.bfloat16)} if built.adapted else {}
-    return {"stats": LatentStats(stats, stats)} | base
+    return {"stats": LatentStats(stats, stats)} | base_of(built, where)
 
 
 def abstract_batch(built: experiment.Experiment, count: int, where: Where = None) -> dict[str, Any]:

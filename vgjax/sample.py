@@ -214,7 +214,9 @@ def wanted(built: experiment.Experiment) -> PyTree:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; a wrong one ends in exit code 2."""
     parser = argparse.ArgumentParser("python -m vgjax.sample", description="Samples videos from a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, help="training workdir, its checkpoints or one step")
+    parser.add_argument(
+        "--checkpoint", required=True, help="training workdir, its checkpoints or one step, or a converted folder"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
     parser.add_argument("--prompts", help="file with one prompt a line")
     parser.add_argument("--out", required=True, help="folder for mp4s, contact sheet and sample.json")

@@ -189,5 +189,14 @@ def shardings(tree: PyTree, layout: Any, mesh: Mesh) -> PyTree:
     return jax.tree.map(one, tree, is_leaf=_is_box)
 
 
+def abstract(tree: PyTree, where: tuple[Any, Mesh] | None, dtype: Any = None) -> PyTree:
+    """A boxed (abstract) tree without its boxes, where (layout, mesh) has it, in a type of its own if one is given."""
+
+    def one(leaf: Any, at: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=at)
+
+    return jax.tree.map(one, unboxed(tree), *([shardings(tree, *where)] if where else []))
+
+
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, Named)

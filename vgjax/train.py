@@ -236,21 +236,18 @@ def open_data(
         "bad_files": bad,
         **{name: getattr(data, name) for name in LOADED},
     }
-    if isinstance(built.objective, FlowObjective) and (
-        config.latents or isinstance(built.objective, FinetuneObjective)
-    ):
+    tuned = isinstance(built.objective, FinetuneObjective)
+    if tuned or (isinstance(built.objective, FlowObjective) and config.latents):
         if jax.process_count() > 1 and not Path(config.latents).exists():
             raise UserError(
                 f"config.latents={config.latents} does not exist: a job of several processes reads latents that "
                 "`python -m vgjax.encode` wrote before"
             )
-        by = encode.Trained(built.vae, frozen)
-        if isinstance(built.objective, FinetuneObjective):
-            by, _ = encode.published(Path(config.weights))
+        by = encode.published(Path(config.weights))[0] if tuned else encode.Trained(built.vae, frozen)
         encode.ensure(source, config.data, by, Path(config.latents), bad)
         source, how["workers"] = Latents(Path(config.latents)), 0
-        if isinstance(built.objective, FinetuneObjective):
-            how["tokenizer"] = Embeddings(Path(config.latents))
+    if tuned:
+        how["tokenizer"] = Embeddings(Path(config.latents))
     return source, how
 
 

@@ -31,7 +31,8 @@ def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, Co
             f"{store.index['_class_name']}: use the config of that family"
         )
     if not store.has(name):
-        raise UserError(f"config.component={name!r}: {config.weights} has no such model, but may have transformer")
+        there = ", ".join(other for other in store.index if other.startswith("transformer") and store.has(other))
+        raise UserError(f"config.component={name!r}: {config.weights} has no such model: use one of {there}")
     published = store.published(name)
     own, kind = fields(published, store.folder / name), kinds[reader(published, store.folder / name)[0]]
     if own.get("conditions") or own.get("image_dim"):
@@ -41,7 +42,7 @@ def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, Co
     if other := [key for key in said if key in given and given[key] != said[key]]:
         told = ", ".join(f"{key} {said[key]} where config.model says {given[key]}" for key in other)
         raise UserError(f"{config.weights} holds another model than config.model: {told}; choose its size")
-    plain = config.to_dict()
+    plain = config.to_dict() | {"weights": str(store.folder.absolute())}
     plain["model"] = {**said, **plain["model"]}
     plain["objective"] = {"times": list(served(store, name)), **plain["objective"]}
     meta = checkpoint.meta(store.folder / "vae")
@@ -60,7 +61,10 @@ def served(store: Store, name: str) -> tuple[float, float]:
 
 def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
     """(converted folder, what the run made of a model of it), or None where `run` is no finetuning."""
-    config = checkpoint.meta(checkpoint.workdir_of(run))["config"] if run.is_dir() and not is_open(run) else {}
+    try:
+        config = checkpoint.meta(run)["config"]
+    except UserError:
+        return None
     if config.get("objective", {}).get("kind") != "finetune":
         return None
     folder = Path(config["weights"])
