@@ -68,7 +68,10 @@ class Published:
     store: Store
 
     def made_by(self) -> dict[str, str]:
-        return {"vae": identity(self.store, "vae"), "text encoders": identity(self.store, "text_encoder", "tokenizer")}
+        return {
+            "vae": identity(self.store, "vae"),
+            "text encoders": identity(self.store, "text_encoder*", "tokenizer*"),
+        }
 
     def check(self, frames: int, size: tuple[int, int]) -> None:
         """A `UserError` for clips that the models do not take."""

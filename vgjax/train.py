@@ -24,6 +24,7 @@ from vgjax.data.sources import Latents
 from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
 from vgjax.families.store import Store
+from vgjax.families.texts import identity
 from vgjax.log import Log
 from vgjax.objectives.finetune import FinetuneObjective
 from vgjax.objectives.flow import FlowObjective
@@ -151,7 +152,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     abstract, init = state.builder(objective, optimizer, config.seed, example, layout, mesh)
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
     fresh = checkpoints.latest() is None
-    given, base = published(built, fresh, layout, mesh)
+    given, base = published(built, fresh, workdir, (layout, mesh))
     now = init(given) if fresh else restored(checkpoints, abstract, config)
     frozen, given = sharding.replicate(frozen, mesh) | base, None
     advance = step.make(objective, optimizer, abstract, **of_step)
@@ -200,13 +201,23 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
 
 def published(
-    built: experiment.Experiment, fresh: bool, layout: Any, mesh: Any
+    built: experiment.Experiment, fresh: bool, workdir: Path, where: tuple[Any, Any]
 ) -> tuple[PyTree | None, dict[str, PyTree]]:
     """Of open weights: (parameters that a fresh run begins with, None for random ones; those that stay frozen)."""
     objective, config = built.objective, built.config
     if not isinstance(objective, FinetuneObjective) or not (fresh or objective.lora):
         return None, {}
-    _, params, _ = Store(Path(config.weights), where=(layout, mesh)).read(config.component)
+    store, known = Store(Path(config.weights), where=where), workdir / "weights.sha256"
+    own = identity(store, config.component)
+    if fresh and jax.process_index() == 0:
+        with writing(known):
+            known.write_text(own)
+    if not fresh and known.read_text() != own:
+        raise UserError(
+            f"{config.weights} holds another {config.component} than the one whose adapters {workdir} trains: give it "
+            "the folder that it began with, or start in another workdir"
+        )
+    _, params, _ = store.read(config.component)
     return (None, {"base": params}) if objective.lora else ({"velocity": params}, {})
 
 

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import open_models
 import pytest
-from conftest import program
+from conftest import ROOT, program
 from safetensors.numpy import load_file
 
 from vgjax import checkpoint, convert, experiment, sample, video, weights
+from vgjax.data.decode import read_clip
 from vgjax.data.embeddings import Embeddings
 from vgjax.errors import USER, UserError
 from vgjax.families import texts, tune
@@ -96,11 +99,16 @@ def test_adapters_on_eight_devices_learn_as_on_one(home, adapted):
     np.testing.assert_allclose(losses, adapted[1], rtol=1e-4)
 
 
-def test_a_run_is_sampled_by_its_family_and_differs_from_what_it_began_with(home, adapted):
+def test_a_run_is_sampled_by_one_process_or_two_and_differs_from_what_it_began_with(home, adapted):
     run, out = home / "wan" / "lora", home / "sampled"
     args = ["--prompt", CAPTIONS[0], "--frames", "5", "--size", "32x32", "--steps", "2"]
     ran = program("sample", "--checkpoint", run, *args, "--out", out)
     assert ran.returncode == 0 and "WanPipeline" in ran.stdout and (out / "000.mp4").is_file(), ran.stderr[-2000:]
+    job = [sys.executable, "launch/local.py", "2", "vgjax.sample", "--checkpoint", run, *args, "--layout", "fsdp"]
+    ran = subprocess.run([*map(str, job), "--out", str(home / "job")], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    both = (read_clip(home / name / "000.mp4", 5, (32, 32)).astype(int) for name in ("sampled", "job"))
+    assert np.abs(np.subtract(*both)).max() <= 3
     folder, tuned = tune.tuned(run)
     options = dict(frames=5, size=(32, 32), steps=2)
     ours, before = (OpenSampler(Store(folder, tuned=one))([CAPTIONS[0]], **options) for one in (tuned, None))
@@ -181,5 +189,9 @@ def test_what_a_finetuning_cannot_do_is_said(home, adapted):
     meta.write_text(meta.read_text().replace(str(home / "wan" / "converted"), "/gone"))
     with pytest.raises(UserError, match="finetuned from /gone, which is no converted folder"):
         tune.tuned(home / "moved")
+    shutil.copytree(home / "wan" / "lora", home / "wan" / "other")
+    (home / "wan" / "other" / "weights.sha256").write_text("of others")
+    with pytest.raises(AssertionError, match="holds another transformer than the one whose adapters"):
+        train(home, "other", 14, "--config.lora.rank=4")
     built = experiment.build(*experiment.prepared(config_of(home, "--config.lora.rank=2"), home)[:2])
     assert sample.wanted(built)["velocity"]["blocks"]["block"]["qkv"]["a"].value.shape == (2, 3, 24, 2)

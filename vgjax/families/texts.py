@@ -31,7 +31,7 @@ def embed(store: Store, family: Any, prompts: Sequence[str], keep: bool = True) 
     """`(c, mask, vec)` of prompts. What is new among them is computed, and kept where the folder can be written."""
     wanted = [family.clean(prompt) for prompt in prompts]
     keep = keep and jax.process_count() == 1  # processes compute together, or not at all
-    own = identity(store, "text_encoder", "tokenizer") if keep else ""
+    own = identity(store, "text_encoder*", "tokenizer*") if keep else ""
     found: dict[str, Text] = {}
     for text in dict.fromkeys(wanted):
         if keep and (kept := _read(_file(store, own, text))) is not None:
@@ -57,14 +57,14 @@ def apply(module: Any, params: PyTree, *rows: np.ndarray) -> PyTree:
     return jax.tree.map(lambda *x: np.concatenate(x)[:count].astype(np.float32), *parts)
 
 
-def identity(store: Store, *kinds: str) -> str:
+def identity(store: Store, *names: str) -> str:
     """sha256 of what the numbers of some models depend on: their bytes, tokenizers, and the type they compute in.
 
-    kinds: how the names of their folders begin.
+    names: of their folders, as patterns.
     """
     total = hashlib.sha256(np.dtype(store.dtype).name.encode())
-    for kind in kinds:
-        files = [*store.folder.glob(f"{kind}*/{SUBDIR}/*/{MANIFEST}"), *store.folder.glob(f"{kind}*/*.*")]
+    for name in names:
+        files = [*store.folder.glob(f"{name}/{SUBDIR}/*/{MANIFEST}"), *store.folder.glob(f"{name}/*.*")]
         for file in sorted(files):
             total.update(f"{file.relative_to(store.folder)} ".encode() + file.read_bytes())
     return total.hexdigest()
