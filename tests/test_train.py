@@ -49,6 +49,20 @@ def test_a_run_leaves_checkpoints_metrics_pictures_and_its_config(trained):
     assert {f"loss/t{i}" for i in range(4)} <= set(records[-1])
 
 
+def test_a_first_start_on_eight_devices_encodes_the_latents_of_one(trained, tmp_path):
+    copied(trained, tmp_path)
+    before = Latents(tmp_path / "latents")
+    shutil.move(tmp_path / "latents", tmp_path / "of one")
+    spread = "--config.layout.kind=usp", "--config.layout.devices=8", "--config.train.batch=8"
+    args = *DIT, *spread, "--config.train.steps=3", "--workdir", tmp_path / "dit"
+    ran = program("train", *args, JAX_NUM_CPU_DEVICES="8")
+    assert ran.returncode == 0 and "encoded 24 of 24 clips" in ran.stdout, ran.stderr[-2000:]
+    ours, theirs = (Latents(tmp_path / name) for name in ("latents", "of one"))
+    assert len(ours) == len(before) == 24
+    for i in range(24):
+        np.testing.assert_allclose(ours.load(i)[0], theirs.load(i)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("when", [0.15, 0.5, 0.85])
 def test_killed_anywhere_and_restarted_it_ends_bit_identical(trained, tmp_path, when):
     copied(trained, tmp_path)

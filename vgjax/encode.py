@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, distributed, experiment, program
+from vgjax import checkpoint, distributed, experiment, program, sharding
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Folder, Latents, LatentWriter
 from vgjax.data.transforms import BadFiles, names
@@ -34,10 +34,11 @@ Encode = Callable[[np.ndarray], np.ndarray]  # uint8 clips to latents, fp32
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A VAE that was trained here. Captions are left to the tokenizer."""
+    """A VAE that was trained here, on the active layout `where` if given. Captions are left to the tokenizer."""
 
     vae: Any
     frozen: PyTree
+    where: tuple[Any, Any] | None = None
 
     def made_by(self) -> dict[str, str]:
         return {"vae": checkpoint.digest(self.frozen)}
@@ -51,9 +52,12 @@ class Trained:
         """(clips at a time, function)."""
         of = jax.jit(lambda params, x: self.vae.apply({"params": params}, from_uint8(x), method="encode")[0])
 
+        params = sharding.replicate(self.frozen["vae"], self.where[1]) if self.where else self.frozen["vae"]
+
         def encode(clips: np.ndarray) -> np.ndarray:
             padded = np.concatenate([clips, np.repeat(clips[-1:], batch - len(clips), axis=0)])  # one compiled size
-            return np.asarray(of(self.frozen["vae"], padded), np.float32)[: len(clips)]
+            padded = sharding.place(padded, *self.where) if self.where else padded
+            return distributed.fetch(of(params, padded)).astype(np.float32)[: len(clips)]
 
         yield batch, encode
 
@@ -81,8 +85,13 @@ class Published:
     def encoder(self) -> Iterator[tuple[int, Encode]]:
         """(clips at a time, function); the VAE is on the devices until the end of the block."""
         family = OpenSampler(self.store).family
-        with self.store.model("vae") as (vae, params, _):
-            yield 1, lambda clips: np.asarray(family.encode(vae, params, from_uint8(clips))[0], np.float32)
+        with self.store.here(), self.store.model("vae") as (vae, params, _):
+
+            def encode(clips: np.ndarray) -> np.ndarray:
+                mean, _ = family.encode(vae, params, self.store.put(np.asarray(from_uint8(clips))))
+                return distributed.fetch(mean).astype(np.float32)
+
+            yield 1, encode
 
     def read(self, captions: Sequence[str], writer: LatentWriter) -> None:
         """Writes what the encoders make of the captions, and of the empty one that stands for a dropped one."""
@@ -160,9 +169,9 @@ def main(argv: list[str]) -> None:
     ensure(Folder(Path(args.data)), data, by, out, out.with_suffix(".bad_files.jsonl"))
 
 
-def published(folder: Path) -> tuple[Published, ConfigDict]:
-    """The models of a converted folder, and the clips that they are sampled as."""
-    store = Store(folder.absolute(), experiment.compute_dtype("auto"))
+def published(folder: Path, where: tuple[Any, Any] | None = None) -> tuple[Published, ConfigDict]:
+    """The models of a converted folder, spread over (layout, mesh) if given, and the clips that they are sampled as."""
+    store = Store(folder.absolute(), experiment.compute_dtype("auto"), where)
     use = OpenSampler(store).family.settings(store)
     return Published(store), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
 

@@ -142,7 +142,7 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
 def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
     config, objective = built.config, built.objective
     stop = distributed.Stop()
-    source, how = open_data(built, plan, frozen, workdir)
+    source, how = open_data(built, plan, frozen, workdir, (layout, mesh))
     rows = sharding.rows(plan.batch, layout, mesh)
 
     # 1. The state: abstract from one real batch, then restored, or born with its shardings.
@@ -234,7 +234,7 @@ def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any)
 
 
 def open_data(
-    built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path
+    built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, where: tuple[Any, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
     config, data = built.config, experiment.data_of(built.config)
@@ -254,7 +254,7 @@ def open_data(
                 f"config.latents={config.latents} does not exist: a job of several processes reads latents that "
                 "`python -m vgjax.encode` wrote before"
             )
-        by = encode.published(Path(config.weights))[0] if tuned else encode.Trained(built.vae, frozen)
+        by = encode.published(Path(config.weights), where)[0] if tuned else encode.Trained(built.vae, frozen, where)
         encode.ensure(source, config.data, by, Path(config.latents), bad)
         source, how["workers"] = Latents(Path(config.latents)), 0
     if tuned:

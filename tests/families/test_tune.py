@@ -93,8 +93,9 @@ def test_the_other_family_learns_too(home, family):
     assert falls(losses)
 
 
-def test_adapters_on_eight_devices_learn_as_on_one(home, adapted):
-    flags = "--config.lora.rank=4", "--config.layout=fsdp", "--config.layout.devices=8"
+def test_adapters_on_eight_devices_that_encoded_the_clips_too_learn_as_on_one(home, adapted):
+    flags = "--config.lora.rank=4", "--config.layout=usp", "--config.layout.devices=8"
+    flags += (f"--config.latents={home / 'wan' / 'latents of eight'}",)
     _, losses = train(home, "spread", 12, *flags, JAX_NUM_CPU_DEVICES="8")
     np.testing.assert_allclose(losses, adapted[1], rtol=1e-4)
 
