@@ -24,7 +24,7 @@ from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, door
 from vgjax.families.sampler import OpenSampler, is_open
 from vgjax.families.store import Store
-from vgjax.families.texts import embed, identity
+from vgjax.families.texts import embed, identity, padded
 from vgjax.objectives.vae import from_uint8
 from vgjax.typing import PyTree
 
@@ -55,9 +55,9 @@ class Trained:
         params = sharding.replicate(self.frozen["vae"], self.where[1]) if self.where else self.frozen["vae"]
 
         def encode(clips: np.ndarray) -> np.ndarray:
-            padded = np.concatenate([clips, np.repeat(clips[-1:], batch - len(clips), axis=0)])  # one compiled size
-            padded = sharding.place(padded, *self.where) if self.where else padded
-            return distributed.fetch(of(params, padded)).astype(np.float32)[: len(clips)]
+            rows = padded(clips, batch)
+            rows = sharding.place(rows, *self.where) if self.where else rows
+            return distributed.fetch(of(params, rows)).astype(np.float32)[: len(clips)]
 
         yield batch, encode
 
@@ -69,36 +69,36 @@ class Trained:
 class Published:
     """The VAE and the text encoders of a converted folder."""
 
-    store: Store
+    sampler: OpenSampler
 
     def made_by(self) -> dict[str, str]:
         return {
-            "vae": identity(self.store, "vae"),
-            "text encoders": identity(self.store, "text_encoder*", "tokenizer*"),
+            "vae": identity(self.sampler.store, "vae"),
+            "text encoders": identity(self.sampler.store, "text_encoder*", "tokenizer*"),
         }
 
     def check(self, frames: int, size: tuple[int, int]) -> None:
         """A `UserError` for clips that the models do not take."""
-        OpenSampler(self.store).latent_shape(frames, size)
+        self.sampler.latent_shape(frames, size)
 
     @contextlib.contextmanager
     def encoder(self) -> Iterator[tuple[int, Encode]]:
         """(clips at a time, function); the VAE is on the devices until the end of the block."""
-        family = OpenSampler(self.store).family
-        with self.store.here(), self.store.model("vae") as (vae, params, _):
+        family, store = self.sampler.family, self.sampler.store
+        with store.here(), store.model("vae") as (vae, params, _):
 
             def encode(clips: np.ndarray) -> np.ndarray:
-                mean, _ = family.encode(vae, params, self.store.put(np.asarray(from_uint8(clips))))
+                mean, _ = family.encode(vae, params, store.put(np.asarray(from_uint8(clips))))
                 return distributed.fetch(mean).astype(np.float32)
 
             yield 1, encode
 
     def read(self, captions: Sequence[str], writer: LatentWriter) -> None:
         """Writes what the encoders make of the captions, and of the empty one that stands for a dropped one."""
-        family, unique = OpenSampler(self.store).family, list(dict.fromkeys([*captions, ""]))
+        unique = list(dict.fromkeys([*captions, ""]))
         for start in range(0, len(unique), CAPTIONS):
             some = unique[start : start + CAPTIONS]
-            c, mask, vec = embed(self.store, family, some, keep=False)
+            c, mask, vec = embed(self.sampler.store, self.sampler.family, some, keep=False)
             for i, caption in enumerate(some):
                 writer.add_text(caption, (c[i], mask[i], None if vec is None else vec[i]))
 
@@ -172,8 +172,9 @@ def main(argv: list[str]) -> None:
 def published(folder: Path, where: tuple[Any, Any] | None = None) -> tuple[Published, ConfigDict]:
     """The models of a converted folder, spread over (layout, mesh) if given, and the clips that they are sampled as."""
     store = Store(folder.absolute(), experiment.compute_dtype("auto"), where)
-    use = OpenSampler(store).family.settings(store)
-    return Published(store), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
+    sampler = OpenSampler(store)
+    use = sampler.family.settings(store)
+    return Published(sampler), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def call(where: str, function: Callable[..., Any], section: Mapping[str, Any] | 
     missing = [name for name in open_keys if name not in section and known[name].default is inspect.Parameter.empty]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
-    return function(**{key: _plain(value) for key, value in section.items()}, **given)
+    return function(**{key: tune.plain(value) for key, value in section.items()}, **given)
 
 
 def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any] | ConfigDict) -> tuple[Any, dict[str, Any]]:
@@ -155,14 +155,14 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     kind = _sections(config)
     data_of(config)
     dtype = compute_dtype(config.precision)
+    rest = {key: value for key, value in config.objective.items() if key != "kind"}
     if kind == "vae":
-        rest = {key: value for key, value in config.objective.items() if key != "kind"}
         objective = call("config.objective", VAEObjective, rest, model=model("config.model", config.model, dtype))
         return Experiment(config, objective, text.Bytes(1))
     if kind == "finetune":
-        return Experiment(config, _finetune(config, model("config.model", vae.model, dtype), dtype), None)
-    maker, rest = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
-    tokenizer = call("config.tokenizer", maker, rest)
+        return Experiment(config, _finetune(config, rest, model("config.model", vae.model, dtype), dtype), None)
+    maker, of_tokenizer = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
+    tokenizer = call("config.tokenizer", maker, of_tokenizer)
     frozen = model("config.model", vae.model, dtype)
     encoder = call("config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
@@ -170,7 +170,6 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     known = MODELS.get(config.model.get("kind"), MODELS["mmdit"])[0].__dataclass_fields__
     of_model = {name: width for name, width in of_model.items() if name in known}  # not all take a pooled text
     velocity = model("config.model", {**of_model, **config.model}, dtype, attention=attention)
-    rest = {key: value for key, value in config.objective.items() if key != "kind"}
     given = dict(model=velocity, text=encoder, vae=frozen, **_times(config))
     return Experiment(config, call("config.objective", FlowObjective, rest, **given), tokenizer)
 
@@ -180,8 +179,7 @@ def _times(config: ConfigDict) -> dict[str, Any]:
     return dict(time=call("config.time", law, rest), shift=call("config.shift", Shift, config.shift))
 
 
-def _finetune(config: ConfigDict, vae: Any, dtype: Any) -> FinetuneObjective:
-    rest = {key: value for key, value in config.objective.items() if key != "kind"}
+def _finetune(config: ConfigDict, rest: dict[str, Any], vae: Any, dtype: Any) -> FinetuneObjective:
     name = rest.pop("family", None)
     if name not in tune.NAMED:
         raise UserError(f"config.objective.family={name!r} is unknown: use one of {', '.join(tune.NAMED)}")
@@ -359,11 +357,6 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
         return
     if not isinstance(value, allowed) or (isinstance(value, bool) and annotation is not bool):
         raise UserError(f"{where}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}")
-
-
-def _plain(value: Any) -> Any:
-    """Hashable values for frozen dataclasses: lists (as JSON stores tuples) become tuples."""
-    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

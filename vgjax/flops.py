@@ -26,9 +26,9 @@ def peak(device_kind: str, dtype: Any = "bfloat16") -> float | None:
     return chip.peak / chip.devices / (2 if dtype == "float32" and "TPU" not in device_kind else 1)
 
 
-def training(forward: float | int) -> float | int:
-    """FLOPs of a training step: the backward pass costs two forwards."""
-    return 3 * forward
+def training(forward: float | int, adapted: bool = False) -> float | int:
+    """FLOPs of a training step: the backward pass costs two forwards, one where adapters alone learn (at least)."""
+    return (2 if adapted else 3) * forward
 
 
 def mmdit_forward(

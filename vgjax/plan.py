@@ -202,7 +202,7 @@ def model_flops(built: experiment.Experiment, job: str) -> float:
     """What the mathematics needs, without padding or recomputation; traced with no layout active."""
     function, inputs = (training if job == "train" else sampling)(built)
     forward = flops.count(function, *inputs)
-    return forward if job == "sample" else 2 * forward if built.adapted else flops.training(forward)
+    return forward if job == "sample" else flops.training(forward, built.adapted)
 
 
 def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:

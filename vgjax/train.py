@@ -265,10 +265,7 @@ def open_data(
 def work(
     built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState, frozen: PyTree
 ) -> dict[str, Any]:
-    """What one step does, for the rates of the log; FLOPs are those of three forwards of what is trained.
-
-    Adapters need no gradients of what is frozen: two forwards.
-    """
+    """What one step does, for the rates of the log; FLOPs are those that what is trained needs."""
     data, objective = built.config.data, built.objective
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
     (player,) = objective.players
@@ -288,7 +285,7 @@ def work(
         "samples": plan.batch,
         "frames": plan.batch * data.frames,
         "tokens": tokens,
-        "flops": 2 * forward if "base" in frozen else flops.training(forward),
+        "flops": flops.training(forward, built.adapted),
         "peak": total,
     }
 

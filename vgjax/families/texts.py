@@ -52,9 +52,13 @@ def apply(module: Any, params: PyTree, *rows: np.ndarray) -> PyTree:
     run, parts = jax.jit(module.apply), []
     for start in range(0, count, size):
         some = [part[start : start + size] for part in rows]
-        padded = [np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)]) for part in some]
-        parts.append(fetch(run({"params": params}, *padded)))
+        parts.append(fetch(run({"params": params}, *(padded(part, size) for part in some))))
     return jax.tree.map(lambda *x: np.concatenate(x)[:count].astype(np.float32), *parts)
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """The rows, the last one repeated: for one compiled size."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 
 
 def identity(store: Store, *names: str) -> str:

@@ -37,18 +37,18 @@ def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, Co
     own, kind = fields(published, store.folder / name), kinds[reader(published, store.folder / name)[0]]
     if own.get("conditions") or own.get("image_dim"):
         raise UserError(f"{config.weights} starts from an image: only text-to-video models can be finetuned")
-    said = {"kind": kind} | {key: _plain(value) for key, value in own.items()}
-    given = {key: _plain(value) for key, value in config.model.items()}
+    said = {"kind": kind} | {key: plain(value) for key, value in own.items()}
+    given = {key: plain(value) for key, value in config.model.items()}
     if other := [key for key in said if key in given and given[key] != said[key]]:
         told = ", ".join(f"{key} {said[key]} where config.model says {given[key]}" for key in other)
         raise UserError(f"{config.weights} holds another model than config.model: {told}; choose its size")
-    plain = config.to_dict() | {"weights": str(store.folder.absolute())}
-    plain["model"] = {**said, **plain["model"]}
-    plain["objective"] = {"times": list(served(store, name)), **plain["objective"]}
+    whole = config.to_dict() | {"weights": str(store.folder.absolute())}
+    whole["model"] = {**said, **whole["model"]}
+    whole["objective"] = {"times": list(served(store, name)), **whole["objective"]}
     meta = checkpoint.meta(store.folder / "vae")
     of_vae = fields(meta["published"], store.folder / "vae")
     kind = kinds[reader(meta["published"], store.folder / "vae")[0]]
-    return ConfigDict(plain), ConfigDict({"model": {"kind": kind, **of_vae}}), stats_of(meta["stats"])
+    return ConfigDict(whole), ConfigDict({"model": {"kind": kind, **of_vae}}), stats_of(meta["stats"])
 
 
 def served(store: Store, name: str) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
         raise UserError(
             f"{run} was finetuned from {folder}, which is no converted folder (any more): put it back there"
         )
-    section = {key: _plain(value) for key, value in config["lora"].items()}
+    section = {key: plain(value) for key, value in config["lora"].items()}
     return folder, Tuned(run, config["component"], Lora(**section) if section["rank"] else None, weights)
 
 
@@ -87,5 +87,6 @@ def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:
         kept.save(0, {"ema": {kind: params}}, said, wait=True)
 
 
-def _plain(value: Any) -> Any:
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+def plain(value: Any) -> Any:
+    """Hashable values for frozen dataclasses: lists (as JSON stores tuples) become tuples."""
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
