@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 install "test"
 ruff check .
-python -m pytest -n "${VGJAX_TEST_WORKERS:-2}" "$@"
+python -m pytest -n "${VGJAX_TEST_WORKERS:-2}" --dist worksteal "$@"

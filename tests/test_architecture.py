@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "program": {"errors"},
     "optim": {"errors", "typing"},
+    "rows": {"topology"},
     "state": GROUND,
     "step": GROUND | {"losses", "state"},
 }

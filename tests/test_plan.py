@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT, planned
 
-from vgjax import chips, experiment, layouts, plan, program, sharding, topology
+from vgjax import chips, experiment, layouts, plan, program, rows, sharding, topology
 
 SMALL = ("--size", "32x32")
 
@@ -25,9 +25,9 @@ def test_the_planned_step_is_lowered_for_a_mesh_and_its_state_is_spread_over_it(
     model = planned(*SMALL, "--batch", "8", "--config.layout=fsdp")
     with sharding.use(layout, mesh):
         job = plan.train_job(model, where)
+        assert job.flops > plan.model_flops(model, "train") / 2 and job.tokens > 0
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.params))
     assert whole / 8 <= plan.memory_of_state(job)["params"] < whole / 4
-    assert job.flops > plan.model_flops(model, "train") / 2 and job.tokens > 0
 
 
 def test_adapters_are_planned_with_the_frozen_model_beside_them():
@@ -60,21 +60,21 @@ def test_adapters_are_planned_with_the_frozen_model_beside_them():
 
 
 def row(layout, **more):
-    return plan.Row(layout, {"data": 1}, **{"batch": 8, "fits": True, "step_seconds": 1.0, **more})
+    return rows.Row(layout, {"data": 1}, **{"batch": 8, "fits": True, "step_seconds": 1.0, **more})
 
 
 def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
-    rows = [
+    some = [
         row("dp", tokens_per_second=9.0, fits=False),
         row("fsdp", tokens_per_second=8.0, batch=16, step_seconds=2.0, network_seconds=2.0),
         row("tp", tokens_per_second=5.0),
     ]
-    chosen, why = plan.best(rows)
+    chosen, why = rows.best(some)
     assert chosen.layout == "fsdp" and "1.60x those of tp" in why and "bound by network" in why
-    rows = [row(kind, tokens_per_second=8.0, network_seconds=more) for kind, more in (("fsdp", 0.3), ("hsdp", 0.2))]
-    chosen, why = plan.best(rows)
+    some = [row(kind, tokens_per_second=8.0, network_seconds=more) for kind, more in (("fsdp", 0.3), ("hsdp", 0.2))]
+    chosen, why = rows.best(some)
     assert chosen.layout == "hsdp" and "as many as fsdp" in why
-    nothing, why = plan.best([row("dp", fits=False, needed=40.0 * plan.GIB)])
+    nothing, why = rows.best([row("dp", fits=False, needed=40.0 * rows.GIB)])
     assert nothing is None and "needs 40.0 GiB" in why
 
 
@@ -102,7 +102,7 @@ def test_a_batch_that_does_not_divide_is_a_row_with_the_nearest_that_does(eight)
     args, _ = plan.parse(["--topology", "none"])
     refused = plan.compiled(config, "fsdp", eight, args)
     assert not refused.fits and refused.reason == "batch 12 does not divide into 8: try 16"
-    assert refused.reason in "".join(plan.table([refused], config, eight, args))
+    assert refused.reason in "".join(rows.table([refused], config, eight, args))
 
 
 @pytest.mark.parametrize("part,compilations", [(0.5, 1), (0.97, 2), (1.05, 2), (3.0, 1)])
@@ -117,6 +117,15 @@ def test_what_nearly_fits_is_compiled_again_as_for_a_run(monkeypatch, eight, par
     args, _ = plan.parse(["--topology", "none"])
     assert plan.compiled(planned(*SMALL, "--batch", "8").config, "dp", where, args).fits == (part < 1)
     assert asked == [{"effort": -1}, {}][:compilations]
+
+
+def test_what_has_no_room_for_its_state_is_not_compiled_to_find_out(monkeypatch, eight):
+    where = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, memory=1e5))
+    monkeypatch.setattr(plan, "attempt", lambda *_: pytest.fail())
+    config, (args, _) = planned(*SMALL, "--batch", "8").config, plan.parse(["--topology", "none"])
+    found = plan.compiled(config, "dp", where, args)
+    assert not found.fits and found.needed == found.params + found.optimizer > 1e5
+    assert "for what lives between steps alone" in "".join(rows.table([found], config, where, args))
 
 
 def test_axes_that_the_config_asks_for_are_those_of_its_own_layout(eight):

@@ -8,7 +8,7 @@ from conftest import planned
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vgjax import layouts, plan, sharding, topology
+from vgjax import layouts, plan, rows, sharding, topology
 from vgjax.attention.segments import Segments
 from vgjax.attention.splash import splash
 from vgjax.errors import UserError
@@ -18,6 +18,7 @@ SLICE = "v5e:2x2"
 # Two heads of 64 and 1280 video tokens: enough for the kernel.
 TINY = ["--size", "256x256", "--frames", "17", "--batch", "2", "--config.precision=bfloat16"]
 TINY += ["--config.model.dim=128", "--config.model.rope_dims=(16,24,24)", "--config.model.remat=attention"]
+TINY += ["--config.model.refiner_blocks=0", "--config.text.blocks=0"]  # those are of the blocks' own parts
 
 
 def on(name):
@@ -72,7 +73,7 @@ def test_a_slice_takes_the_train_step_and_the_sampler(job, kind):
     assert " sort(" not in text  # of ids, to find queries without keys: self-attention has none
     assert done.memory_analysis().temp_size_in_bytes < 2**30
     if job == "train":
-        row = plan.Row(kind, dict(mesh.shape), built.config.train.batch, False, available=1.0)
+        row = rows.Row(kind, dict(mesh.shape), built.config.train.batch, False, available=1.0)
         quick = plan.attempt(row, made, topology.QUICK, mesh, topology.find(SLICE))
         exact = plan.measured(row, done, made, mesh, topology.find(SLICE))
         assert quick.collectives == {
@@ -103,11 +104,11 @@ def test_offloading_moves_activations_to_the_host():
 
 def test_what_is_too_large_is_said_in_bytes():
     x = jax.ShapeDtypeStruct((200_000, 64), jnp.bfloat16, sharding=on(SLICE))
-    row = plan.Row("dp", {}, 1, False, available=16.0 * plan.GIB)
+    row = rows.Row("dp", {}, 1, False, available=16.0 * rows.GIB)
     with pytest.raises(Exception) as raised:  # noqa: B017  the compiler's own type
         jax.jit(lambda x: x @ x.T).lower(x).compile()
     said = plan.refusal(raised.value, row)
-    assert said["reason"] == "too large" and said["needed"] > 74 * plan.GIB > said["available"] > 14 * plan.GIB
+    assert said["reason"] == "too large" and said["needed"] > 74 * rows.GIB > said["available"] > 14 * rows.GIB
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:0x2x2", "h100:x"])

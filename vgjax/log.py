@@ -22,12 +22,20 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from PIL import Image
 from tqdm import tqdm
 
 from vgjax.storage import replace, writing
 from vgjax.typing import Array, Float, UInt8
+
+# tensorboardX loads torch wherever it finds it, more than a second of each start, and needs it for nothing used here.
+_torch = sys.modules.get("torch")
+try:
+    sys.modules["torch"] = _torch
+    import tensorboardX
+finally:
+    if _torch is None:
+        del sys.modules["torch"]
 
 
 class Log:

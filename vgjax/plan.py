@@ -9,7 +9,6 @@ are lower bounds and MFU an upper bound; the ranking of layouts is what they are
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import re
 import sys
@@ -28,11 +27,11 @@ from ml_collections import ConfigDict
 from vgjax import experiment, flops, hlo, layouts, program, sample, sharding, state, step, topology
 from vgjax.errors import UserError, door
 from vgjax.nn.codec import LatentStats
+from vgjax.rows import GIB, STATE, Row, table, write
 from vgjax.topology import Topology
 from vgjax.typing import PyTree
 
 USAGE = "usage: python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4 [--layouts all] [--out DIR]"
-GIB = 2**30
 # A quickly compiled program wants some percent more or less memory than the one that runs: one that wants between these
 # parts of what a device has is compiled once more as for a run.
 CLOSE = (0.95, 1.1)
@@ -40,41 +39,26 @@ Where = tuple[layouts.Layout, Mesh] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One layout. Bytes are of one device, seconds of one step (or one batch sampled)."""
-
-    layout: str
-    mesh: dict[str, int]
-    batch: int
-    fits: bool
-    reason: str = ""
-    needed: float = 0.0
-    available: float = 0.0
-    params: float = 0.0
-    optimizer: float = 0.0
-    activations: float = 0.0
-    model_flops: float = 0.0
-    flops: float = 0.0
-    traffic: float = 0.0
-    collectives: dict[str, float] = dataclasses.field(default_factory=dict)
-    compute_seconds: float = 0.0
-    memory_seconds: float = 0.0
-    network_seconds: float = 0.0
-    step_seconds: float = 0.0
-    mfu: float = 0.0
-    tokens_per_second: float = 0.0
-    compile_seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Job:
-    """A lowered program, what it keeps on the devices, its FLOPs with padding and recomputation, and its tokens."""
+    """A program that is traced and lowered when it is asked for, what it keeps on the devices, and its tokens."""
 
-    lowered: Any
+    trace: Callable[[], Any]
     state: state.TrainState | None
     params: PyTree
-    flops: float
     tokens: int
+
+    @functools.cached_property
+    def traced(self) -> Any:
+        return self.trace()
+
+    @functools.cached_property
+    def lowered(self) -> Any:
+        return self.traced.lower()
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """Of all devices, padding and recomputation included."""
+        return flops.traced(self.traced.jaxpr.jaxpr)
 
 
 @door
@@ -182,6 +166,8 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
         job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
         row = dataclasses.replace(row, **memory_of_state(job))
         quick = {} if args.exact else where.quick
+        if not args.exact and row.params + row.optimizer > available:  # whatever a compiler makes of the rest
+            return dataclasses.replace(row, needed=row.params + row.optimizer, reason=STATE)
         done = attempt(row, job, quick, mesh, where)
         unsure = not done.needed or CLOSE[0] < done.needed / done.available < CLOSE[1]
         if quick and unsure:
@@ -226,11 +212,11 @@ def train_job(built: experiment.Experiment, where: Where) -> Job:
     optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
     abstract, _ = state.builder(objective, optimizer, config.seed, example, *where)
     frozen = frozen_of(built, where)
-    traced = step.make(objective, optimizer, abstract, **of_step).trace(abstract, frozen, batch)
     count, m = example["mask"].shape
     tokens = count * (objective.model.tokens(example["x"].shape[1:4]) + m)
     kept = {**abstract.params, "base": frozen.get("base", {})}
-    return Job(traced.lower(), abstract, kept, flops.traced(traced.jaxpr.jaxpr), tokens)
+    made = step.make(objective, optimizer, abstract, **of_step)
+    return Job(functools.partial(made.trace, abstract, frozen, batch), abstract, kept, tokens)
 
 
 def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
@@ -249,8 +235,7 @@ def sample_job(built: experiment.Experiment, where: Where) -> Job:
     """The sampler of `vgjax.sample`."""
     integrated, inputs = sampling(built, where)
     tokens = built.config.train.batch * built.objective.model.tokens(integrated.args[2][:3])
-    traced = sample.integrated.trace(*integrated.args, *inputs)
-    return Job(traced.lower(), None, inputs[0], flops.traced(traced.jaxpr.jaxpr), tokens)
+    return Job(functools.partial(sample.integrated.trace, *integrated.args, *inputs), None, inputs[0], tokens)
 
 
 def base_of(built: experiment.Experiment, where: Where = None) -> dict[str, PyTree]:
@@ -341,102 +326,6 @@ def measured(row: Row, done: Any, job: Job, mesh: Mesh, where: Topology) -> Row:
         mfu=row.model_flops / devices / peak / total,
         tokens_per_second=job.tokens / total,
     )
-
-
-def rank(row: Row) -> tuple[bool, float, float]:
-    """The best first: what fits, the most tokens a second; of equals what overlaps less that may not overlap wholly."""
-    return not row.fits, -float(f"{row.tokens_per_second:.3g}"), row.memory_seconds + row.network_seconds
-
-
-def best(rows: list[Row]) -> tuple[Row | None, str]:
-    """The layout to take, and why."""
-    fitting = sorted((row for row in rows if row.fits), key=rank)
-    if not fitting:
-        small = min((row for row in rows if row.needed), key=lambda row: row.needed, default=None)
-        what = f"; the smallest, {small.layout}, needs {small.needed / GIB:.1f} GiB" if small else ""
-        return None, f"no layout fits{what}: take more chips, a smaller batch or more remat"
-    first = fitting[0]
-    times = {"arithmetic": first.compute_seconds, "memory": first.memory_seconds, "network": first.network_seconds}
-    bound = max(times, key=lambda name: times[name])
-    than = ""
-    if fitting[1:]:
-        second = fitting[1]
-        than = f", {first.tokens_per_second / second.tokens_per_second:.2f}x those of {second.layout}"
-        if rank(first)[:2] == rank(second)[:2]:
-            than = f", as many as {second.layout}, with less memory and network traffic beside the arithmetic"
-    return first, f"{first.layout}: the most tokens a second of those that fit{than}; bound by {bound}"
-
-
-def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> list[str]:
-    """Lines for people."""
-    data = config.data
-    head = f"{len(where.devices)} devices of {args.slices} x {where.name}" if args.slices > 1 else where.name
-    lines = [
-        f"{args.job} on {head}: {data.frames} frames of {data.size[0]}x{data.size[1]}; "
-        f"a device has {rows[0].available / GIB:.1f} GiB",
-        f"{'layout':9} {'mesh':12} {'batch':>6} {'GiB':>6} {'params':>6} {'optim':>6} {'activ':>6} | {'TFLOP':>8} "
-        f"{'sent GiB':>8} | {'compute':>8} {'memory':>8} {'network':>8} | {'step s':>7} {'MFU':>5} {'tokens/s':>9}",
-    ]
-    for row in sorted(rows, key=rank):
-        sizes = "x".join(str(size) for size in row.mesh.values())
-        gib = [f"{size / GIB:6.1f}" for size in (row.needed, row.params, row.optimizer, row.activations)]
-        if not row.step_seconds:
-            why = f"needs {gib[0].strip()} of {row.available / GIB:.1f} GiB" if row.needed else row.reason
-            lines.append(f"{row.layout:9} {sizes:12} {row.batch:6} {why}")
-            continue
-        times = " ".join(f"{t:8.3f}" for t in (row.compute_seconds, row.memory_seconds, row.network_seconds))
-        lines.append(
-            f"{row.layout:9} {sizes:12} {row.batch:6} {' '.join(gib)} | {row.model_flops / 1e12:8.1f} "
-            f"{sum(row.collectives.values()) / GIB:8.2f} | {times} | {row.step_seconds:7.3f} {100 * row.mfu:4.0f}% "
-            f"{row.tokens_per_second:9,.0f}" + ("" if row.fits else f"   needs {gib[0].strip()} GiB: does not fit")
-        )
-    return [
-        *lines,
-        "measured by the compiler: GiB, activations, bytes sent; modelled: seconds (each part at the chip's peak, "
-        "overlapped), so the step is a lower bound and MFU an upper one",
-        best(rows)[1],
-    ]
-
-
-def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> None:
-    """plan.json, plan.txt and plan.png; of the config what a plan reads."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    chosen, why = best(rows)
-    record = {
-        "topology": where.name,
-        "slices": args.slices,
-        "devices": len(where.devices),
-        "job": args.job,
-        "config": {name: part for name, part in config.to_dict().items() if name not in ("vae", "latents", "weights")},
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "best": chosen.layout if chosen else None,
-        "reason": why,
-        "measured": ["fits", "needed", "activations", "collectives"],
-        "modelled": ["compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu"],
-    }
-    (out / "plan.json").write_text(json.dumps(record, indent=1))
-    (out / "plan.txt").write_text("\n".join(table(rows, config, where, args)) + "\n")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-    names, places = [row.layout for row in rows], np.arange(len(rows))
-    bottom = np.zeros(len(rows))
-    for part in ("params", "optimizer", "activations"):
-        heights = np.array([getattr(row, part) / GIB for row in rows])
-        axes[0].bar(places, heights, bottom=bottom, label=part)
-        bottom += heights
-    axes[0].axhline(rows[0].available / GIB, color="black", linestyle="--", linewidth=1)
-    axes[0].set(title="memory of a device, GiB (dashed: what it has)", xticks=places)
-    for i, part in enumerate(("compute", "memory", "network")):
-        axes[1].bar(places + 0.27 * (i - 1), [getattr(row, f"{part}_seconds") for row in rows], 0.25, label=part)
-    axes[1].set(title="seconds of a step, each part at its peak", xticks=places)
-    for axis in axes:
-        axis.set_xticklabels(names, rotation=30)
-        axis.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(out / "plan.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax import sharding
-from vgjax.typing import Array, Params, PyTree
+from vgjax.typing import Params, PyTree
 
 
 class TrainState(struct.PyTreeNode):
@@ -39,11 +39,12 @@ def builder(
     `example` is a prepared batch, concrete or abstract: the objective initialises its players on its shapes.
     """
 
-    def boxed(key: Array) -> Params:
-        return objective.init(key, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example))
+    def boxed() -> Params:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
+        return objective.init(jax.random.key(seed), zeros)
 
     def init(given: Params | None = None) -> TrainState:
-        params = sharding.unboxed(boxed(jax.random.key(seed))) if given is None else given
+        params = sharding.unboxed(boxed()) if given is None else given
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -54,9 +55,10 @@ def builder(
             seed=jnp.asarray(seed, jnp.int32),
         )
 
-    shapes = jax.eval_shape(init)
+    boxes = jax.eval_shape(boxed)
+    shapes = jax.eval_shape(init, sharding.unboxed(boxes))  # the model is traced once
     everywhere = NamedSharding(mesh, PartitionSpec())
-    of_params = sharding.shardings(jax.eval_shape(lambda: boxed(jax.random.key(0))), layout, mesh)
+    of_params = sharding.shardings(boxes, layout, mesh)
     of_opt = {name: _like(shapes.params[name], of_params[name], shapes.opt[name]) for name in objective.players}
     of_opt = jax.tree.map(lambda found: found or everywhere, of_opt, is_leaf=lambda found: found is None)
     specs = TrainState(everywhere, of_params, of_opt, of_params, everywhere, everywhere)

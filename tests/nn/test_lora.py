@@ -29,7 +29,7 @@ def case(request):
     model = MODELS[request.param]
     given = normal(0, 2, 2, 4, 6, 4), jnp.array([0.2, 0.7]), normal(1, 2, 5, 12), jnp.arange(5) < jnp.array([[3], [5]])
     given += (normal(2, 2, 6),) if request.param == "mmdit" else ()
-    boxed = model.init(jax.random.key(0), *given)["params"]
+    boxed = jax.jit(model.init)(jax.random.key(0), *given)["params"]
     own = sharding.unboxed(lora.born(boxed, 3, lora.TARGETS, jax.random.key(1)))
     params = jax.tree.map(lambda x: x + 0.1 * normal(x.size, *x.shape), sharding.unboxed(boxed))
     return model, params, own, given, boxed
@@ -42,16 +42,16 @@ def moved(own):
 def test_at_birth_the_model_is_as_it_was(case):
     model, params, own, given, _ = case
     np.testing.assert_array_equal(
-        model.apply({"params": params, "lora": own}, *given), model.apply({"params": params}, *given)
+        jax.jit(model.apply)({"params": params, "lora": own}, *given), jax.jit(model.apply)({"params": params}, *given)
     )
 
 
 def test_merged_it_is_the_same_function(case):
     model, params, own, given, _ = case
     own = moved(own)
-    applied = model.apply({"params": params, "lora": lora.scaled(own, 2.0)}, *given)
-    merged = model.apply({"params": lora.merged(params, lora.scaled(own, 2.0))}, *given)
-    assert np.abs(applied - model.apply({"params": params}, *given)).max() > 0.1 * np.std(applied)
+    applied = jax.jit(model.apply)({"params": params, "lora": lora.scaled(own, 2.0)}, *given)
+    merged = jax.jit(model.apply)({"params": lora.merged(params, lora.scaled(own, 2.0))}, *given)
+    assert np.abs(applied - jax.jit(model.apply)({"params": params}, *given)).max() > 0.1 * np.std(applied)
     np.testing.assert_allclose(merged, applied, rtol=0, atol=2e-5 * np.std(applied))
 
 
@@ -59,7 +59,7 @@ def test_every_kernel_of_the_blocks_has_its_product_and_learns(case):
     model, params, own, given, boxed = case
 
     def loss(own):
-        return jnp.mean(jnp.square(model.apply({"params": params, "lora": own}, *given)))
+        return jnp.mean(jnp.square(jax.jit(model.apply)({"params": params, "lora": own}, *given)))
 
     grads = weights.flat(jax.jit(jax.grad(loss))(moved(own)))
     stacked = {

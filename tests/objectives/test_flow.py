@@ -77,7 +77,7 @@ def test_a_model_that_is_zero_has_the_error_of_data_minus_noise(params, frozen):
     batch = OBJECTIVE.prepare(frozen, batch_of(range(4)))
     zero = jax.tree.map(jnp.zeros_like, params)
     keys = sample_keys(KEY, batch["index"])
-    errors = OBJECTIVE.errors(zero, batch, jnp.full((4,), 0.3), keys)
+    errors = jax.jit(OBJECTIVE.errors)(zero, batch, jnp.full((4,), 0.3), keys)
     noise = jax.vmap(lambda k: jax.random.normal(k, batch["x"].shape[1:]))(keys)
     _, velocity = Straight().mix(noise, batch["x"], jnp.full((4,), 0.3))
     np.testing.assert_allclose(errors, jnp.square(velocity).mean((1, 2, 3, 4)), rtol=1e-5)
@@ -87,10 +87,11 @@ def test_latents_are_scaled_and_videos_encoded_to_the_same(frozen):
     video = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
     video = jnp.asarray(video)
     rest = batch_of([0, 1])
-    mean, _ = VAE.apply({"params": frozen["vae"]}, jnp.asarray(video / 127.5 - 1, jnp.float32), method="encode")
+    encode = jax.jit(lambda params, video: VAE.apply({"params": params}, video, method="encode"))
+    mean, _ = encode(frozen["vae"], jnp.asarray(video / 127.5 - 1, jnp.float32))
     latent = {**rest, "latent": mean}
     del rest["latent"]
-    from_video, from_latent = (OBJECTIVE.prepare(frozen, b) for b in ({**rest, "video": video}, latent))
+    from_video, from_latent = (jax.jit(OBJECTIVE.prepare)(frozen, b) for b in ({**rest, "video": video}, latent))
     np.testing.assert_allclose(from_video["x"], from_latent["x"], atol=1e-5)
     np.testing.assert_allclose(from_video["x"], (mean - 1) / 3, atol=1e-5)
     assert "video" not in from_video and "latent" not in from_latent

@@ -259,6 +259,8 @@ def _end(stop: threading.Event, pumps: list[threading.Thread], folder: tempfile.
     for pump in pumps:
         pump.join(max(0.0, deadline - time.monotonic()))
     _kill(folder.name)
+    for pump in pumps:  # those whose worker is gone now end too: a thread may keep the interpreter from ending
+        pump.join(0.5)
     folder.cleanup()
 
 

@@ -1,0 +1,162 @@
+"""How fast are blocks of the 13B's shape beside torch's, with the same weights, in the same run, and at what MFU?
+
+    python benchmarks/blocks.py [--double 2 --single 4] [--tokens 8k 32k 720p] [--rounds 5]
+
+HunyuanVideo's transformer with its published width (24 heads of 128; on a CPU 2 heads of 64 and few tokens, which says
+only that all of this runs), as many blocks as asked: a forward, and a train step (forward, backward, AdamW) in which
+both recompute what they do not keep: ours all but attention, torch's whole blocks. In bf16 on a GPU, where torch is
+compiled and its attention gets no mask (all text is real), so that it takes flash or cuDNN kernels; fp32 on a CPU. Both
+warm up once, then take turns; medians. The error is that of `benchmarks/peers.py`. MFU is of model FLOPs (recomputation
+is none), `full_s` the time of all 20 + 40 published blocks at the rate of those measured, where they are in proportion.
+Writes benchmarks/results/blocks_<chip>.json.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from peers import BOUND, build, distance, done, dtypes, finished, seconds, to_torch
+from record import write
+
+from vgjax import flops
+from vgjax.models import mmdit
+from vgjax.sharding import platform
+
+TEXT, LR = 256, 1e-4
+GRIDS = {"8k": (9, 60, 60), "32k": (33, 62, 64), "720p": (33, 90, 160)}  # latents: 8,100, 32,736 and 118,800 tokens
+SMALL = {"8k": (3, 8, 8), "32k": (3, 16, 16), "720p": (5, 16, 16)}
+PUBLISHED = (20, 40)
+
+
+class Unmasked(HunyuanVideoAttnProcessor2_0):
+    """Attention of all to all."""
+
+    def __call__(self, *args: Any, attention_mask: Any = None, **more: Any) -> Any:
+        return super().__call__(*args, attention_mask=None, **more)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--double", type=int, default=2)
+    parser.add_argument("--single", type=int, default=4)
+    parser.add_argument("--tokens", nargs="+", choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is for both
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    small = platform() == "cpu"
+    heads, width = (2, 64) if small else (24, 128)
+    depth = dict(num_layers=args.double, num_single_layers=args.single)
+    _, model, params, theirs = build(
+        mmdit, mmdit.MMDiT, diffusers.HunyuanVideoTransformer3DModel, depth, num_attention_heads=heads,
+        attention_head_dim=width,
+    )  # fmt: skip
+    theirs.set_attn_processor(Unmasked())
+    if not small:
+        theirs.compile()
+    rows = []
+    for name in args.tokens:
+        given, passed = inputs(model, (SMALL if small else GRIDS)[name])
+        tokens = model.tokens(given[0].shape[1:4]) + TEXT
+        needed = flops.count(functools.partial(forward, model), params, *given)
+        shared = {"tokens": tokens, "double": args.double, "single": args.single}
+        rows.append(shared | forwards(model, params, theirs, given, passed, needed, args.rounds))
+        rows.append(shared | steps(model, params, theirs, given, passed, flops.training(needed), args.rounds))
+        for row in rows[-2:]:
+            if args.double * PUBLISHED[1] == args.single * PUBLISHED[0]:
+                row["full_s"] = round(1e-3 * row["ours_ms"] * PUBLISHED[0] / args.double, 3)
+            print(row, flush=True)
+    chip = "cpu" if small else jax.devices()[0].device_kind.lower().replace(" ", "_")
+    write(f"blocks_{chip}", {"torch": torch.__version__, "diffusers": diffusers.__version__, "rows": rows})
+
+
+def inputs(model: mmdit.MMDiT, grid: tuple[int, int, int]) -> tuple[list[jax.Array], dict[str, torch.Tensor]]:
+    """The arguments of ours and of theirs."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, *grid, model.channels), np.float32)
+    c, vec = (random.standard_normal((1, *n), np.float32) for n in ((TEXT, model.text_dim), (model.pooled_dim,)))
+    t, guidance, mask = np.full(1, 0.5, np.float32), np.ones(1, np.float32), np.ones((1, TEXT), bool)
+    passed = dict(hidden_states=x, timestep=1e3 * t, encoder_hidden_states=c, encoder_attention_mask=mask)
+    passed |= dict(pooled_projections=vec, guidance=1e3 * guidance)
+    passed = {name: to_torch(a, name not in ("timestep", "guidance")) for name, a in passed.items()}
+    return jax.device_put([x, t, c, mask, vec, guidance]), passed
+
+
+def forward(model: mmdit.MMDiT, params: Any, *given: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, *given)
+
+
+def forwards(model: Any, params: Any, theirs: Any, given: list, passed: dict, needed: float, rounds: int) -> dict:
+    ours = done(jax.jit(functools.partial(forward, model)), params, *given)
+    run = finished(lambda: theirs(**passed, return_dict=False)[0])
+    error = distance(ours(), run())
+    assert error <= BOUND[jnp.dtype(dtypes()[0]).name], f"ours and theirs differ by {error:.1e}"
+    return {"part": "forward", "error": float(f"{error:.1e}")} | timed(ours, run, needed, rounds)
+
+
+def steps(model: Any, params: Any, theirs: Any, given: list, passed: dict, needed: float, rounds: int) -> dict:
+    """AdamW on the mean square of the output; the parameters given are left as they are."""
+    model, optimizer = model.clone(remat="attention"), optax.adamw(LR, weight_decay=0.01)
+    kept = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    theirs.enable_gradient_checkpointing()
+    theirs.train()
+    adamw = torch.optim.AdamW(theirs.parameters(), LR, weight_decay=0.01)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, *given: jax.Array) -> tuple[Any, jax.Array]:
+        own, opt = state
+
+        def loss(own: Any) -> jax.Array:
+            return jnp.mean(jnp.square(forward(model, own, *given).astype(jnp.float32)))
+
+        value, grads = jax.value_and_grad(loss)(own)
+        updates, opt = optimizer.update(grads, opt, own)
+        return (optax.apply_updates(own, updates), opt), value
+
+    own = jax.tree.map(jnp.copy, params)
+    state = [(own, optimizer.init(own))]
+
+    def ours() -> float:
+        state[0], value = step(state[0], *given)
+        return float(value)
+
+    def run() -> torch.Tensor:
+        adamw.zero_grad(set_to_none=True)
+        loss = theirs(**passed, return_dict=False)[0].float().square().mean()
+        loss.backward()
+        adamw.step()
+        return loss.detach()
+
+    run = finished(run, grad=True)
+    losses = [(ours(), float(run())) for _ in range(2)]  # the second after a step of each
+    for mine, other in losses:
+        bound = 1e-3 if platform() == "cpu" else 0.05
+        assert abs(mine - other) <= bound * abs(other), f"losses of ours and theirs differ: {losses}"
+    row = {"part": "train step", "losses": losses} | timed(ours, run, needed, rounds)
+    theirs.load_state_dict(kept)
+    theirs.disable_gradient_checkpointing()
+    theirs.eval()
+    return row
+
+
+def timed(ours: Callable[[], Any], theirs: Callable[[], Any], needed: float, rounds: int) -> dict[str, Any]:
+    times = np.array([[seconds(ours), seconds(theirs)] for _ in range(rounds)])
+    own, other = map(float, np.median(times, axis=0))
+    peak = flops.peak(jax.devices()[0].device_kind, dtypes()[0])
+    row = {"ours_ms": round(1e3 * own, 1), "theirs_ms": round(1e3 * other, 1), "ratio": round(own / other, 2)}
+    mfu = {"mfu": round(needed / own / peak, 3), "theirs_mfu": round(needed / other / peak, 3)} if peak else {}
+    return row | {"tflop": round(needed / 1e12, 3), **mfu}
+
+
+if __name__ == "__main__":
+    main()
