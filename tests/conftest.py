@@ -32,6 +32,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 flags.FLAGS.mark_as_parsed()
 
 
+# One block is enough for runs to differ in, and compiles in half the time, in each process; no sampler is compiled.
+SMALL = ["--config.text.blocks=0", "--config.model.refiner_blocks=0", "--config.model.single_blocks=0"]
+SMALL += ["--config.train.image_every=0"]
+
+
 def pytest_collection_finish(session):
     """What is imported stays, and jaxprs are many small objects: walked seldom, they are traced an eighth faster."""
     gc.collect()

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, program
+from conftest import ROOT, SMALL, program
 
 from vgjax import distributed, layouts
 from vgjax.data.decode import read_clip
@@ -24,9 +24,6 @@ sys.path.insert(0, str(ROOT / "launch"))
 from local import free_port  # noqa: E402
 
 LONG = "--config.train.steps=100000"
-# One block is enough for processes to disagree about, and compiles in half the time, in each of them.
-BLOCKS = ["--config.text.blocks=0", "--config.model.refiner_blocks=0", "--config.model.single_blocks=0"]
-SMALL = [*BLOCKS, "--config.train.image_every=0"]
 
 
 class Job:

@@ -288,7 +288,8 @@ def refusal(error: Exception, row: Row) -> dict[str, Any]:
         return {"reason": next((line for line in text.splitlines() if line.strip()), type(error).__name__)[:300]}
     scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     needed, available = float(found[1]) * scale[found[2]], float(found[3]) * scale[found[4]]
-    return {"needed": needed, "available": available, "reason": "too large"}
+    activations = max(0.0, needed - row.params - row.optimizer)
+    return {"needed": needed, "available": available, "activations": activations, "reason": "too large"}
 
 
 def measured(row: Row, done: Any, job: Job, mesh: Mesh, where: Topology) -> Row:

@@ -133,6 +133,7 @@ def write(out: Path, rows: list[Row], config: ConfigDict, where: Topology, args:
     axes[1].set(title="seconds of a step, each part at its peak", xticks=places)
     for axis in axes:
         axis.set_xticklabels(names, rotation=30)
-        axis.legend(frameon=False)
+        axis.set_ylim(0, 1.2 * max(bar.get_y() + bar.get_height() for bar in axis.patches) or 1)  # room for the legend
+        axis.legend(frameon=False, ncols=3, loc="upper center")
     figure.tight_layout()
     figure.savefig(out / "plan.png", dpi=110)

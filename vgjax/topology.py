@@ -61,6 +61,9 @@ def environment() -> None:
     """What must be set before JAX starts, so that the compilers load without their chips."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_LIBRARY_LOG_LEVEL": "3"}
+    # What a TPU's own machine would say: libtpu warns at length where none does, and compiles for any chip anyway.
+    for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(name, value)
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 
