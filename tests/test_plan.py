@@ -74,8 +74,11 @@ def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
     some = [row(kind, tokens_per_second=8.0, network_seconds=more) for kind, more in (("fsdp", 0.3), ("hsdp", 0.2))]
     chosen, why = rows.best(some)
     assert chosen.layout == "hsdp" and "as many as fsdp" in why
-    nothing, why = rows.best([row("dp", fits=False, needed=40.0 * rows.GIB)])
-    assert nothing is None and "needs 40.0 GiB" in why
+    large = row("dp", fits=False, needed=40.0 * rows.GIB, available=16.0 * rows.GIB)
+    alone = dataclasses.replace(large, layout="tp", needed=20.0 * rows.GIB, reason=rows.STATE)
+    nothing, why = rows.best([alone, large])
+    assert nothing is None and "the smallest, dp, needs 40.0 of 16.0 GiB:" in why
+    assert "tp, needs 20.0 of 16.0 GiB for what lives between steps alone:" in rows.best([alone])[1]
 
 
 @pytest.fixture

@@ -50,8 +50,9 @@ def best(rows: list[Row]) -> tuple[Row | None, str]:
     """The layout to take, and why."""
     fitting = sorted((row for row in rows if row.fits), key=rank)
     if not fitting:
-        small = min((row for row in rows if row.needed), key=lambda row: row.needed, default=None)
-        what = f"; the smallest, {small.layout}, needs {small.needed / GIB:.1f} GiB" if small else ""
+        wanting = (row for row in rows if row.needed)
+        small = min(wanting, key=lambda row: (row.reason == STATE, row.needed), default=None)  # compiled ones first
+        what = f"; the smallest, {small.layout}, {needs(small)}" if small else ""
         return None, f"no layout fits{what}: take more chips, a smaller batch or more remat"
     first = fitting[0]
     times = {"arithmetic": first.compute_seconds, "memory": first.memory_seconds, "network": first.network_seconds}
@@ -63,6 +64,11 @@ def best(rows: list[Row]) -> tuple[Row | None, str]:
         if rank(first)[:2] == rank(second)[:2]:
             than = f", as many as {second.layout}, with less memory and network traffic beside the arithmetic"
     return first, f"{first.layout}: the most tokens a second of those that fit{than}; bound by {bound}"
+
+
+def needs(row: Row) -> str:
+    """Of what does not fit."""
+    return f"needs {row.needed / GIB:.1f} of {row.available / GIB:.1f} GiB{f' {STATE}' * (row.reason == STATE)}"
 
 
 def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.Namespace) -> list[str]:
@@ -79,9 +85,7 @@ def table(rows: list[Row], config: ConfigDict, where: Topology, args: argparse.N
         sizes = "x".join(str(size) for size in row.mesh.values())
         gib = [f"{size / GIB:6.1f}" for size in (row.needed, row.params, row.optimizer, row.activations)]
         if not row.step_seconds:
-            alone = f" {STATE}" if row.reason == STATE else ""
-            why = f"needs {gib[0].strip()} of {row.available / GIB:.1f} GiB{alone}" if row.needed else row.reason
-            lines.append(f"{row.layout:9} {sizes:12} {row.batch:6} {why}")
+            lines.append(f"{row.layout:9} {sizes:12} {row.batch:6} {needs(row) if row.needed else row.reason}")
             continue
         times = " ".join(f"{t:8.3f}" for t in (row.compute_seconds, row.memory_seconds, row.network_seconds))
         lines.append(
