@@ -79,6 +79,8 @@ def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
     nothing, why = rows.best([alone, large])
     assert nothing is None and "the smallest, dp, needs 40.0 of 16.0 GiB:" in why
     assert "tp, needs 20.0 of 16.0 GiB for what lives between steps alone:" in rows.best([alone])[1]
+    odd = row("dp", fits=False, reason="batch 12 does not divide into 8: try 16")
+    assert rows.best([odd]) == (None, f"no layout was planned: {odd.reason}")
 
 
 @pytest.fixture

@@ -120,7 +120,9 @@ def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespac
 
     @functools.cache
     def at(units: int) -> Row:
-        return compiled(changed(config, "train", batch=units * unit), kind, where, args)
+        row = compiled(changed(config, "train", batch=units * unit), kind, where, args)
+        print(f"{kind} at batch {row.batch}: {'fits' if row.fits else row.reason}", file=sys.stderr, flush=True)
+        return row
 
     first = units = max(1, config.train.batch // unit)
     low, high = 0, None

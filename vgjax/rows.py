@@ -52,8 +52,10 @@ def best(rows: list[Row]) -> tuple[Row | None, str]:
     if not fitting:
         wanting = (row for row in rows if row.needed)
         small = min(wanting, key=lambda row: (row.reason == STATE, row.needed), default=None)  # compiled ones first
-        what = f"; the smallest, {small.layout}, {needs(small)}" if small else ""
-        return None, f"no layout fits{what}: take more chips, a smaller batch or more remat"
+        if small is None:
+            return None, "no layout was planned: " + "; ".join(sorted({row.reason for row in rows}))
+        what = f"the smallest, {small.layout}, {needs(small)}"
+        return None, f"no layout fits; {what}: take more chips, a smaller batch or more remat"
     first = fitting[0]
     times = {"arithmetic": first.compute_seconds, "memory": first.memory_seconds, "network": first.network_seconds}
     bound = max(times, key=lambda name: times[name])
