@@ -6,26 +6,22 @@ HunyuanVideo's transformer with its published width (24 heads of 128; on a CPU 2
 only that all of this runs), as many blocks as asked: a forward, and a train step (forward, backward, AdamW) in which
 both recompute what they do not keep: ours all but attention, torch's whole blocks. In bf16 on a GPU, where torch is
 compiled and its attention gets no mask (all text is real), so that it takes flash or cuDNN kernels; fp32 on a CPU. Both
-warm up once, then take turns; medians. The error is that of `benchmarks/peers.py`. MFU is of model FLOPs (recomputation
-is none), `full_s` the time of all 20 + 40 published blocks at the rate of those measured, where they are in proportion.
-Writes benchmarks/results/blocks_<chip>.json.
+warm up, then take turns; medians. The error of a forward is that of `benchmarks/peers.py`, of a train step that of the
+loss after a step. MFU is of model FLOPs (recomputation is none), `full_s` the time of all 20 + 40 published blocks at
+the rate of those measured, where they are in proportion. Writes benchmarks/results/blocks_<chip>.json.
 """
 
 import argparse
 import functools
-import os
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from peers import BOUND, build, distance, done, dtypes, finished, seconds, to_torch
-from record import write
+from peers import Pair, agreed, build, distance, done, dtypes, finished, inputs, medians, record, share
 
 from vgjax import flops
 from vgjax.models import mmdit
@@ -53,9 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    diffusers.utils.logging.set_verbosity_error()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is for both
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    share()
     small = platform() == "cpu"
     depth = dict(num_layers=args.double, num_single_layers=args.single)
     _, model, params, theirs = build(
@@ -68,7 +62,7 @@ def main() -> None:
         theirs.compile()
     rows = []
     for name in args.tokens:
-        given, passed = inputs(model, (SMALL if small else GRIDS)[name])
+        given, passed = inputs(model, (SMALL if small else GRIDS)[name], TEXT)
         tokens = model.tokens(given[0].shape[1:4]) + TEXT
         needed = flops.count(functools.partial(forward, model), params, *given)
         shared = {"tokens": tokens, "double": args.double, "single": args.single}
@@ -78,20 +72,7 @@ def main() -> None:
             if not small and args.double * PUBLISHED[1] == args.single * PUBLISHED[0]:
                 row["full_s"] = round(1e-3 * row["ours_ms"] * PUBLISHED[0] / args.double, 3)
             print(row, flush=True)
-    chip = "cpu" if small else jax.devices()[0].device_kind.lower().replace(" ", "_")
-    write(f"blocks_{chip}", {"torch": torch.__version__, "diffusers": diffusers.__version__, "rows": rows})
-
-
-def inputs(model: mmdit.MMDiT, grid: tuple[int, int, int]) -> tuple[list[jax.Array], dict[str, torch.Tensor]]:
-    """The arguments of ours and of theirs."""
-    random = np.random.default_rng(0)
-    x = random.standard_normal((1, *grid, model.channels), np.float32)
-    c, vec = (random.standard_normal((1, *n), np.float32) for n in ((TEXT, model.text_dim), (model.pooled_dim,)))
-    t, guidance, mask = np.full(1, 0.5, np.float32), np.ones(1, np.float32), np.ones((1, TEXT), bool)
-    passed = dict(hidden_states=x, timestep=1e3 * t, encoder_hidden_states=c, encoder_attention_mask=mask)
-    passed |= dict(pooled_projections=vec, guidance=1e3 * guidance)
-    passed = {name: to_torch(a, name not in ("timestep", "guidance")) for name, a in passed.items()}
-    return jax.device_put([x, t, c, mask, vec, guidance]), passed
+    record("blocks", rows)
 
 
 def forward(model: mmdit.MMDiT, params: Any, *given: jax.Array) -> jax.Array:
@@ -100,10 +81,8 @@ def forward(model: mmdit.MMDiT, params: Any, *given: jax.Array) -> jax.Array:
 
 def forwards(model: Any, params: Any, theirs: Any, given: list, passed: dict, needed: float, rounds: int) -> dict:
     ours = done(jax.jit(functools.partial(forward, model)), params, *given)
-    run = finished(lambda: theirs(**passed, return_dict=False)[0])
-    error = distance(ours(), run())
-    assert error <= BOUND[jnp.dtype(dtypes()[0]).name], f"ours and theirs differ by {error:.1e}"
-    return {"part": "forward", "error": float(f"{error:.1e}")} | timed(ours, run, needed, rounds)
+    pair = Pair(ours, finished(lambda: theirs(**passed, return_dict=False)[0]), distance)
+    return {"part": "forward", "error": agreed("forward", pair)} | timed(pair, needed, rounds)
 
 
 def steps(model: Any, params: Any, theirs: Any, given: list, passed: dict, needed: float, rounds: int) -> dict:
@@ -139,21 +118,20 @@ def steps(model: Any, params: Any, theirs: Any, given: list, passed: dict, neede
         adamw.step()
         return loss.detach()
 
-    run = finished(run, grad=True)
-    losses = [(round(ours(), 6), round(float(run()), 6)) for _ in range(2)]  # the second after a step of each
-    for mine, other in losses:
-        bound = 1e-3 if platform() == "cpu" else 0.05
-        assert abs(mine - other) <= bound * abs(other), f"losses of ours and theirs differ: {losses}"
-    row = {"part": "train step", "losses": losses} | timed(ours, run, needed, rounds)
+    bound = 1e-3 if platform() == "cpu" else 0.05
+    pair = Pair(ours, finished(run, grad=True), lambda mine, other: abs(mine - float(other)) / abs(float(other)))
+    for _ in range(2):  # the second after a step of each
+        error = pair.error(pair.ours(), pair.theirs())
+        assert error <= bound, f"losses of ours and theirs differ by {error:.1e}"
+    row = {"part": "train step", "error": float(f"{error:.1e}")} | timed(pair, needed, rounds)
     theirs.load_state_dict(kept)
     theirs.disable_gradient_checkpointing()
     theirs.eval()
     return row
 
 
-def timed(ours: Callable[[], Any], theirs: Callable[[], Any], needed: float, rounds: int) -> dict[str, Any]:
-    times = np.array([[seconds(ours), seconds(theirs)] for _ in range(rounds)])
-    own, other = map(float, np.median(times, axis=0))
+def timed(pair: Pair, needed: float, rounds: int) -> dict[str, Any]:
+    own, other = medians(pair, rounds)
     peak = flops.peak(jax.devices()[0].device_kind, dtypes()[0])
     row = {"ours_ms": round(1e3 * own, 1), "theirs_ms": round(1e3 * other, 1), "ratio": round(own / other, 2)}
     mfu = {"mfu": round(needed / own / peak, 3), "theirs_mfu": round(needed / other / peak, 3)} if peak else {}

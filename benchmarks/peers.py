@@ -61,29 +61,49 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
     args = parser.parse_args()
-    diffusers.utils.logging.set_verbosity_error()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for both
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    share()
     rows = [measure(name, args.rounds) for name in args.only or ROWS]
     if not args.only:
-        chip = "cpu" if platform() == "cpu" else jax.devices()[0].device_kind.lower().replace(" ", "_")
-        write(f"peers_{chip}", {"torch": torch.__version__, "diffusers": diffusers.__version__, "rows": rows})
+        record("peers", rows)
+
+
+def share() -> None:
+    """The machine is for both."""
+    diffusers.utils.logging.set_verbosity_error()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def record(name: str, rows: list[dict]) -> None:
+    chip = "cpu" if platform() == "cpu" else jax.devices()[0].device_kind.lower().replace(" ", "_")
+    write(f"{name}_{chip}", {"torch": torch.__version__, "diffusers": diffusers.__version__, "rows": rows})
 
 
 def measure(name: str, rounds: int) -> dict:
     pair = ROWS[name]()
-    error = pair.error(pair.ours(), pair.theirs())
-    assert error <= BOUND[jnp.dtype(dtypes()[0]).name], f"{name}: ours and theirs differ by {error:.1e}"
-    times = np.array([[seconds(pair.ours), seconds(pair.theirs)] for _ in range(rounds)])
-    ours, theirs = map(float, np.median(times, axis=0))
+    error = agreed(name, pair)
+    ours, theirs = medians(pair, rounds)
     row = {"name": name, "ours_ms": round(1e3 * ours), "theirs_ms": round(1e3 * theirs)}
-    row |= {"ratio": round(ours / theirs, 2), "error": float(f"{error:.1e}")}
+    row |= {"ratio": round(ours / theirs, 2), "error": error}
     print(row, file=sys.stderr, flush=True)
     del pair
     jax.clear_caches()
     torch.compiler.reset()
     gc.collect()
     return row
+
+
+def agreed(name: str, pair: Pair) -> float:
+    """The error, to two digits, of results that agree."""
+    error = pair.error(pair.ours(), pair.theirs())
+    assert error <= BOUND[jnp.dtype(dtypes()[0]).name], f"{name}: ours and theirs differ by {error:.1e}"
+    return float(f"{error:.1e}")
+
+
+def medians(pair: Pair, rounds: int) -> tuple[float, float]:
+    """Seconds of ours and of theirs, which take turns."""
+    ours, theirs = np.median([[seconds(pair.ours), seconds(pair.theirs)] for _ in range(rounds)], axis=0)
+    return float(ours), float(theirs)
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -94,18 +114,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def transformer(family: str, backward: bool) -> Pair:
     module, model, params, theirs = build(*TRANSFORMERS[family], **WIDTH)
-    random = np.random.default_rng(0)
-    x = random.standard_normal((1, *GRID, model.channels), np.float32)
-    t, c = np.full(1, 0.5, np.float32), random.standard_normal((1, TEXT, model.text_dim), np.float32)
-    given = [x, t, c, np.ones((1, TEXT), bool)]
-    passed = dict(hidden_states=x, timestep=1e3 * t, encoder_hidden_states=c)
-    if family == "hunyuan":
-        vec = random.standard_normal((1, model.pooled_dim), np.float32)
-        # At the published 6000 radians an ulp of a frequency is seen, and torch's differ from chip to chip.
-        given += [vec, np.ones(1, np.float32)]
-        passed |= dict(encoder_attention_mask=given[3], pooled_projections=vec, guidance=np.full(1, 1e3, np.float32))
-    passed = {name: to_torch(a, name not in ("timestep", "guidance")) for name, a in passed.items()}
-    given = jax.device_put(given)
+    given, passed = inputs(model, GRID, TEXT)
     if platform() != "cpu":
         theirs.compile()
     run = functools.partial(theirs, **passed, return_dict=False)
@@ -121,6 +130,22 @@ def transformer(family: str, backward: bool) -> Pair:
     ours = jax.jit(jax.grad(lambda p, *given: jnp.mean(jnp.square(model.apply({"params": p}, *given)))))
     apart = functools.partial(gradients_apart, module.weights(model))
     return Pair(done(ours, params, *given), finished(gradients, grad=True), apart)
+
+
+def inputs(model: nn.Module, grid: tuple[int, int, int], text: int) -> tuple[list[jax.Array], dict[str, torch.Tensor]]:
+    """The arguments of ours and of theirs, on latents of this grid and so many tokens of text, none of them padding."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, *grid, model.channels), np.float32)
+    t, c = np.full(1, 0.5, np.float32), random.standard_normal((1, text, model.text_dim), np.float32)
+    given = [x, t, c, np.ones((1, text), bool)]
+    passed = dict(hidden_states=x, timestep=1e3 * t, encoder_hidden_states=c)
+    if isinstance(model, mmdit.MMDiT):
+        vec = random.standard_normal((1, model.pooled_dim), np.float32)
+        # At the published 6000 radians an ulp of a frequency is seen, and torch's differ from chip to chip.
+        given += [vec, np.ones(1, np.float32)]
+        passed |= dict(encoder_attention_mask=given[3], pooled_projections=vec, guidance=np.full(1, 1e3, np.float32))
+    passed = {name: to_torch(a, name not in ("timestep", "guidance")) for name, a in passed.items()}
+    return jax.device_put(given), passed
 
 
 def vae(family: str, way: str) -> Pair:

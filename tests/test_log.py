@@ -1,6 +1,8 @@
 """The record of a run: true means, true rates, each step once, valid JSON whatever the numbers are."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -175,3 +178,8 @@ def test_the_rewrite_of_old_records_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         log.keep_until(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_start_loads_no_torch():
+    done = subprocess.run([sys.executable, "-c", "import sys, vgjax.train; sys.exit('torch' in sys.modules)"], cwd=ROOT)
+    assert done.returncode == 0

@@ -1,9 +1,9 @@
 """Plans a run for chips you don't have: `python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4`.
 
-For each layout the real train step (or sampler) is compiled by the real TPU or GPU compiler. Measured by the compiler:
-whether it fits, the bytes of a device, which collectives run and how large they are. Modelled by us, from those and the
-table of chips: the time for arithmetic, memory and network, each at its peak and perfectly overlapped. So step times
-are lower bounds and MFU an upper bound; the ranking of layouts is what they are for.
+For each layout whose state alone fits, the real train step (or sampler) is compiled by the real TPU or GPU compiler.
+Measured by the compiler: whether it fits, the bytes of a device, which collectives run and how large they are. Modelled
+by us, from those and the table of chips: the time for arithmetic, memory and network, each at its peak and perfectly
+overlapped. So step times are lower bounds and MFU an upper bound; the ranking of layouts is what they are for.
 """
 
 import argparse

@@ -25,14 +25,14 @@ def normal(seed, *shape):
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """(model, parameters, lora of rank 3, arguments), every leaf random."""
+    """(apply, parameters, lora of rank 3, arguments, boxed parameters), every leaf random."""
     model = MODELS[request.param]
     given = normal(0, 2, 2, 4, 6, 4), jnp.array([0.2, 0.7]), normal(1, 2, 5, 12), jnp.arange(5) < jnp.array([[3], [5]])
     given += (normal(2, 2, 6),) if request.param == "mmdit" else ()
     boxed = jax.jit(model.init)(jax.random.key(0), *given)["params"]
     own = sharding.unboxed(lora.born(boxed, 3, lora.TARGETS, jax.random.key(1)))
     params = jax.tree.map(lambda x: x + 0.1 * normal(x.size, *x.shape), sharding.unboxed(boxed))
-    return model, params, own, given, boxed
+    return jax.jit(model.apply), params, own, given, boxed
 
 
 def moved(own):
@@ -40,26 +40,24 @@ def moved(own):
 
 
 def test_at_birth_the_model_is_as_it_was(case):
-    model, params, own, given, _ = case
-    np.testing.assert_array_equal(
-        jax.jit(model.apply)({"params": params, "lora": own}, *given), jax.jit(model.apply)({"params": params}, *given)
-    )
+    apply, params, own, given, _ = case
+    np.testing.assert_array_equal(apply({"params": params, "lora": own}, *given), apply({"params": params}, *given))
 
 
 def test_merged_it_is_the_same_function(case):
-    model, params, own, given, _ = case
+    apply, params, own, given, _ = case
     own = moved(own)
-    applied = jax.jit(model.apply)({"params": params, "lora": lora.scaled(own, 2.0)}, *given)
-    merged = jax.jit(model.apply)({"params": lora.merged(params, lora.scaled(own, 2.0))}, *given)
-    assert np.abs(applied - jax.jit(model.apply)({"params": params}, *given)).max() > 0.1 * np.std(applied)
+    applied = apply({"params": params, "lora": lora.scaled(own, 2.0)}, *given)
+    merged = apply({"params": lora.merged(params, lora.scaled(own, 2.0))}, *given)
+    assert np.abs(applied - apply({"params": params}, *given)).max() > 0.1 * np.std(applied)
     np.testing.assert_allclose(merged, applied, rtol=0, atol=2e-5 * np.std(applied))
 
 
 def test_every_kernel_of_the_blocks_has_its_product_and_learns(case):
-    model, params, own, given, boxed = case
+    apply, params, own, given, boxed = case
 
     def loss(own):
-        return jnp.mean(jnp.square(jax.jit(model.apply)({"params": params, "lora": own}, *given)))
+        return jnp.mean(jnp.square(apply({"params": params, "lora": own}, *given)))
 
     grads = weights.flat(jax.jit(jax.grad(loss))(moved(own)))
     stacked = {
