@@ -16,7 +16,7 @@ from record import write
 
 from vgjax.attention.full import Full
 from vgjax.attention.segments import among
-from vgjax.sharding import platform
+from vgjax.parallel.sharding import platform
 
 ROUNDS = 7
 SHAPES = {  # b, n, h, k

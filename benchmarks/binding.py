@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from record import write
 
-from vgjax import evaluate, experiment, program, sample
+from vgjax import evaluate, experiment, sample
 from vgjax.data import captions
 from vgjax.data.captions import Request
 from vgjax.flow.path import sample_keys
+from vgjax.training import program
 
 TIMES = (0.1, 0.2, 0.3, 0.45)
 ATTRIBUTES = ("color", "shape", "motion")

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import optax
 from record import write
 
-from vgjax import checkpoint, storage
-from vgjax.checkpoint import Checkpoints, digest
+from vgjax.data import storage
+from vgjax.training import checkpoint
+from vgjax.training.checkpoint import Checkpoints, digest
 
 
 def state(step: int, width: int = 64, blocks: int = 4) -> dict:

@@ -23,9 +23,9 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from peers import Pair, agreed, build, distance, done, dtypes, finished, inputs, medians, record, share
 
-from vgjax import flops
 from vgjax.models import mmdit
-from vgjax.sharding import platform
+from vgjax.parallel.sharding import platform
+from vgjax.planner import flops
 
 TEXT, LR = 256, 1e-4
 GRIDS = {"8k": (9, 60, 60), "32k": (33, 62, 64), "720p": (33, 90, 160)}  # latents: 8,100, 32,736 and 118,800 tokens

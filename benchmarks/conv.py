@@ -17,7 +17,7 @@ from einops import rearrange
 from record import write
 
 from vgjax.nn.causal import conv3d_direct, conv3d_taps
-from vgjax.sharding import platform
+from vgjax.parallel.sharding import platform
 
 ROUNDS = 5
 STRIDE = (1, 1, 1)

@@ -24,9 +24,10 @@ import ml_dtypes
 import numpy as np
 from record import ROOT, write
 
-from vgjax import published, sharding, weights
-from vgjax.families.store import abstract
 from vgjax.models import crossdit
+from vgjax.open import folders, tables
+from vgjax.open.store import abstract
+from vgjax.parallel import sharding
 
 DIM = 2048
 START = "import jax, vgjax.convert; jax.devices()"
@@ -82,9 +83,9 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int]:
         in_channels=16, out_channels=16, text_dim=4096, patch_size=(1, 2, 2), num_layers=1,
     )  # fmt: skip
 
-    def entries(config: dict) -> list[weights.Entry]:
+    def entries(config: dict) -> list[tables.Entry]:
         model = crossdit.CrossDiT(**crossdit.published(config))
-        return weights.entries(crossdit.weights(model), sharding.unboxed(abstract(model, crossdit)))
+        return tables.entries(crossdit.weights(model), sharding.unboxed(abstract(model, crossdit)))
 
     one, two = (2 * sum(np.prod(e.shape) for e in entries(config | {"num_layers": n})) for n in (1, 2))
     config["num_layers"] = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
@@ -93,7 +94,7 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int]:
     sizes = [2 * math.prod(entry.shape) for entry in found]
     random = np.random.default_rng(0)
     tensors = ((e.name, random.standard_normal(e.shape, np.float32).astype(ml_dtypes.bfloat16)) for e in found)
-    published.write(folder / "transformer", "diffusion_pytorch_model", config, tensors, shapes)
+    folders.write(folder / "transformer", "diffusion_pytorch_model", config, tensors, shapes)
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return sum(sizes), max(sizes)

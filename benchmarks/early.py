@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from record import write
 
-from vgjax import evaluate, experiment, program, sample
+from vgjax import evaluate, experiment, sample
 from vgjax.flow.path import sample_keys
 from vgjax.metrics import prompt
 from vgjax.nn.codec import from_unit
 from vgjax.objectives.vae import to_uint8
+from vgjax.training import program
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
 GUIDANCES = {

@@ -21,8 +21,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from record import RESULTS, ROOT, write
 
-from vgjax import experiment, flops, layouts, plan, program, sharding, state, step
+from vgjax import experiment, plan
 from vgjax.nn.codec import LatentStats
+from vgjax.parallel import layouts, sharding
+from vgjax.planner import flops
+from vgjax.training import program, state, step
 
 ROUNDS, STEPS, WARM = 2, 4, 1
 SMALL = ["--config", str(ROOT / "configs/mmdit.py:s"), "--batch", "8", "--frames", "17", "--size", "64x64"]

@@ -18,7 +18,7 @@ from vgjax.data import shapes
 from vgjax.metrics.psnr import psnr
 from vgjax.models.causal_vae import SIZES, CausalVAE
 from vgjax.objectives.vae import VAEObjective, from_uint8
-from vgjax.sharding import unboxed
+from vgjax.parallel.sharding import unboxed
 
 SEEDS = (0, 1)
 BATCH, LR = 4, 1e-3

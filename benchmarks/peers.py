@@ -28,9 +28,9 @@ from einops import rearrange
 from flax import linen as nn
 from record import write
 
-from vgjax import weights
 from vgjax.models import crossdit, hunyuan_vae, mmdit, wan_vae
-from vgjax.sharding import platform, unboxed
+from vgjax.open import tables
+from vgjax.parallel.sharding import platform, unboxed
 
 BOUND = {"float32": 1e-4, "bfloat16": 0.3}
 GRID, TEXT = (5, 36, 40), 128  # latents, of 1800 tokens, and text tokens that the transformers are given
@@ -186,7 +186,7 @@ def build(
     zeros = [jnp.zeros(one.shape, one.dtype) for one in module.inputs(model)]
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), *zeros)["params"])
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    params = weights.load(module.weights(model), unboxed(abstract), state.__getitem__)
+    params = tables.load(module.weights(model), unboxed(abstract), state.__getitem__)
     params = jax.tree.map(lambda leaf: leaf.astype(dtypes()[0]), params)
     return module, model, params, theirs.to(dtype=dtypes()[1], device=where())
 
@@ -223,10 +223,10 @@ def distance(ours: jax.Array, theirs: torch.Tensor) -> float:
     return float(np.abs(np.asarray(ours, np.float32) - expected).max() / expected.std())
 
 
-def gradients_apart(table: weights.Table, ours: Any, theirs: dict[str, torch.Tensor]) -> float:
+def gradients_apart(table: tables.Table, ours: Any, theirs: dict[str, torch.Tensor]) -> float:
     """The norm of all errors, of that of all gradients of theirs."""
     expected = {name: grad.float().cpu().numpy() for name, grad in theirs.items()}
-    errors = (np.float32(own) - expected[name] for name, own in weights.export(table, ours))
+    errors = (np.float32(own) - expected[name] for name, own in tables.export(table, ours))
     norms = (np.sqrt(sum(float(np.sum(np.square(a))) for a in of)) for of in (errors, expected.values()))
     return next(norms) / next(norms)
 

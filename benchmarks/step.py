@@ -21,8 +21,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from record import ROOT, write
 
-from vgjax import experiment, layouts, sharding, state, step
+from vgjax import experiment
 from vgjax.nn.codec import LatentStats
+from vgjax.parallel import layouts, sharding
+from vgjax.training import state, step
 
 ROUNDS, STEPS = 3, 12
 FORMS = (("glibc", 5), ("kept", 5), ("kept", 3))

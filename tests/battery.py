@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from vgjax.sharding import Named, unboxed
+from vgjax.parallel.sharding import Named, unboxed
 from vgjax.typing import PyTree
 
 

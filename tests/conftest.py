@@ -12,8 +12,9 @@ import jax
 import pytest
 from absl import flags
 
-from vgjax import experiment, plan, topology
-from vgjax.program import read_config
+from vgjax import experiment, plan
+from vgjax.planner import topology
+from vgjax.training.program import read_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from vgjax import weights
-from vgjax.sharding import unboxed
+from vgjax.open import tables
+from vgjax.parallel.sharding import unboxed
 
 
 def randomised(module, seed=0, size=0.1):
@@ -24,10 +24,10 @@ def load(table, model, theirs, *inputs, ignored=(), **kwargs):
     wanted = unboxed(jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **kwargs)["params"]))
     tensors = {name: tensor.detach().numpy() for name, tensor in theirs.state_dict().items()}
     given = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
-    assert not weights.uncovered(table, wanted)
-    assert not weights.mismatches(table, wanted, given, ignored)
-    params = weights.load(table, wanted, tensors.__getitem__)
-    for name, tensor in weights.export(table, params):
+    assert not tables.uncovered(table, wanted)
+    assert not tables.mismatches(table, wanted, given, ignored)
+    params = tables.load(table, wanted, tensors.__getitem__)
+    for name, tensor in tables.export(table, params):
         np.testing.assert_array_equal(tensor, tensors[name])
     return params
 
@@ -57,7 +57,7 @@ def near(ours, theirs, largest=1e-4, mean=1e-5):
 def same_gradients(table, ours, theirs, largest=1e-3):
     """Every gradient of a torch module equals ours, relative to the norm of it."""
     given = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
-    exported = dict(weights.export(table, ours))
+    exported = dict(tables.export(table, ours))
     assert exported.keys() == given.keys()
     floor = 1e-6 * max(float(grad.norm()) for grad in given.values())  # of what is zero but for rounding
     for name, grad in given.items():

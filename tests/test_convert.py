@@ -15,11 +15,14 @@ import torch
 from conftest import ROOT, program
 from safetensors.torch import load_file, save_file
 
-from vgjax import checkpoint, convert, sharding, weights
+from vgjax import convert
 from vgjax.errors import USER, UserError
-from vgjax.families.store import abstract
 from vgjax.models import crossdit
-from vgjax.published import write
+from vgjax.open import tables
+from vgjax.open.folders import write
+from vgjax.open.store import abstract
+from vgjax.parallel import sharding
+from vgjax.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +165,7 @@ def large(folder, layers, dim=1536):
         in_channels=16, out_channels=16, text_dim=dim, patch_size=(1, 2, 2), num_layers=layers,
     )  # fmt: skip
     model = crossdit.CrossDiT(**crossdit.published(config))
-    entries = weights.entries(crossdit.weights(model), sharding.unboxed(abstract(model, crossdit)))
+    entries = tables.entries(crossdit.weights(model), sharding.unboxed(abstract(model, crossdit)))
     tensors = ((entry.name, np.ones(entry.shape, jnp.bfloat16)) for entry in entries)
     shapes = {entry.name: (entry.shape, "bfloat16") for entry in entries}
     write(folder / "transformer", "diffusion_pytorch_model", config, tensors, shapes)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgjax import checkpoint, encode, errors, evaluate, experiment
+from vgjax import encode, errors, evaluate, experiment
 from vgjax.data.sources import Folder, Latents
+from vgjax.training import checkpoint
 
 
 def run(main, *args):

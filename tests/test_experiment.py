@@ -4,7 +4,8 @@ import jax
 import pytest
 from conftest import ROOT
 
-from vgjax import experiment, plan, program, sample
+from vgjax import experiment, plan, sample
+from vgjax.training import program
 
 CONFIGS = [
     *(f"causal_vae.py:{size}" for size in ("small", "4x8x8")),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import reduce
 
-from vgjax import layouts, optim, state, step
 from vgjax.data import captions, shapes, text
 from vgjax.data.captions import Request
 from vgjax.flow.path import sample_keys
@@ -18,6 +17,8 @@ from vgjax.models.mmdit import MMDiT
 from vgjax.models.text import TextEncoder
 from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
+from vgjax.parallel import layouts
+from vgjax.training import optimizers, state, step
 
 WORLD = shapes.World(("red", "blue"), ("circle",), ("left", "right", "up", "down"), ("black",), frames=5)
 OTHER = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -68,7 +69,7 @@ def test_the_loss_comes_to_depend_on_colour_and_on_motion():
 
     layout, mesh = layouts.find("dp", 1)
     frozen = {"stats": stats}
-    optimizer = optim.muon(optim.schedule("cosine", 4e-3, 20, STEPS), iterations=3)
+    optimizer = optimizers.muon(optimizers.schedule("cosine", 4e-3, 20, STEPS), iterations=3)
     example = jax.eval_shape(objective.prepare, frozen, batch(np.arange(BATCH), 0))
     abstract, init = state.builder(objective, optimizer, 0, example, layout, mesh)
     train, now, generator = step.make(objective, optimizer, abstract, ema=0.9), init(), np.random.default_rng(0)

@@ -8,7 +8,10 @@ import jax
 import pytest
 from conftest import ROOT, planned
 
-from vgjax import chips, experiment, layouts, plan, program, rows, sharding, topology
+from vgjax import experiment, plan
+from vgjax.parallel import layouts, sharding
+from vgjax.planner import chips, report, topology
+from vgjax.training import program
 
 SMALL = ("--size", "32x32")
 
@@ -60,7 +63,7 @@ def test_adapters_are_planned_with_the_frozen_model_beside_them():
 
 
 def row(layout, **more):
-    return rows.Row(layout, {"data": 1}, **{"batch": 8, "fits": True, "step_seconds": 1.0, **more})
+    return report.Row(layout, {"data": 1}, **{"batch": 8, "fits": True, "step_seconds": 1.0, **more})
 
 
 def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
@@ -69,18 +72,18 @@ def test_the_best_layout_brings_the_most_tokens_a_second_of_those_that_fit():
         row("fsdp", tokens_per_second=8.0, batch=16, step_seconds=2.0, network_seconds=2.0),
         row("tp", tokens_per_second=5.0),
     ]
-    chosen, why = rows.best(some)
+    chosen, why = report.best(some)
     assert chosen.layout == "fsdp" and "1.60x those of tp" in why and "bound by network" in why
     some = [row(kind, tokens_per_second=8.0, network_seconds=more) for kind, more in (("fsdp", 0.3), ("hsdp", 0.2))]
-    chosen, why = rows.best(some)
+    chosen, why = report.best(some)
     assert chosen.layout == "hsdp" and "as many as fsdp" in why
-    large = row("dp", fits=False, needed=40.0 * rows.GIB, available=16.0 * rows.GIB)
-    alone = dataclasses.replace(large, layout="tp", needed=20.0 * rows.GIB, reason=rows.STATE)
-    nothing, why = rows.best([alone, large])
+    large = row("dp", fits=False, needed=40.0 * report.GIB, available=16.0 * report.GIB)
+    alone = dataclasses.replace(large, layout="tp", needed=20.0 * report.GIB, reason=report.STATE)
+    nothing, why = report.best([alone, large])
     assert nothing is None and "the smallest, dp, needs 40.0 of 16.0 GiB:" in why
-    assert "tp, needs 20.0 of 16.0 GiB for what lives between steps alone:" in rows.best([alone])[1]
+    assert "tp, needs 20.0 of 16.0 GiB for what lives between steps alone:" in report.best([alone])[1]
     odd = row("dp", fits=False, reason="batch 12 does not divide into 8: try 16")
-    assert rows.best([odd]) == (None, f"no layout was planned: {odd.reason}")
+    assert report.best([odd]) == (None, f"no layout was planned: {odd.reason}")
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def test_a_batch_that_does_not_divide_is_a_row_with_the_nearest_that_does(eight)
     args, _ = plan.parse(["--topology", "none"])
     refused = plan.compiled(config, "fsdp", eight, args)
     assert not refused.fits and refused.reason == "batch 12 does not divide into 8: try 16"
-    assert refused.reason in "".join(rows.table([refused], config, eight, args))
+    assert refused.reason in "".join(report.table([refused], config, eight, args))
 
 
 @pytest.mark.parametrize("part,compilations", [(0.5, 1), (0.97, 2), (1.05, 2), (3.0, 1)])
@@ -130,7 +133,7 @@ def test_what_has_no_room_for_its_state_is_not_compiled_to_find_out(monkeypatch,
     config, (args, _) = planned(*SMALL, "--batch", "8").config, plan.parse(["--topology", "none"])
     found = plan.compiled(config, "dp", where, args)
     assert not found.fits and found.needed == found.params + found.optimizer > 1e5
-    assert "for what lives between steps alone" in "".join(rows.table([found], config, where, args))
+    assert "for what lives between steps alone" in "".join(report.table([found], config, where, args))
 
 
 def test_axes_that_the_config_asks_for_are_those_of_its_own_layout(eight):

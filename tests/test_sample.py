@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import program
 
-from vgjax import checkpoint, errors, sample
+from vgjax import errors, sample
 from vgjax.errors import UserError
+from vgjax.training import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL, program
 
-from vgjax import checkpoint, errors
+from vgjax import errors
 from vgjax.data.sources import Latents, LatentWriter
-from vgjax.storage import alone
+from vgjax.data.storage import alone
+from vgjax.training import checkpoint
 
 DIT = ("--config", "tests/tiny.py:dit")
 TINIER = (*DIT, *SMALL, "--config.train.steps=12")
@@ -232,7 +233,7 @@ def test_another_seed_or_a_second_training_in_a_workdir_are_refused(trained, tmp
         stopped.value.code == errors.USER and "was trained with config.seed=0 until step 6" in capsys.readouterr().err
     )
     hold = (
-        "import pathlib, sys\nfrom vgjax.storage import alone\n"
+        "import pathlib, sys\nfrom vgjax.data.storage import alone\n"
         "with alone(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "all" / "vae")]
@@ -272,7 +273,8 @@ def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp
 
 
 def test_a_full_disk_is_a_storage_error(trained, tmp_path, monkeypatch, capsys):
-    from vgjax import storage, train
+    from vgjax import train
+    from vgjax.data import storage
 
     copied(trained, tmp_path)
 

@@ -22,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgjax import checkpoint, distributed, experiment, layouts, program, published, sharding, weights
+from vgjax import experiment
+from vgjax.data.storage import writing
 from vgjax.errors import UserError, door
-from vgjax.families import tune
-from vgjax.families.store import INDEX, READERS, abstract, fields, reader
-from vgjax.families.texts import FOLDER
-from vgjax.storage import writing
+from vgjax.open import folders, tables, tune
+from vgjax.open.store import INDEX, READERS, abstract, fields, reader
+from vgjax.open.texts import FOLDER
+from vgjax.parallel import distributed, layouts, sharding
+from vgjax.training import checkpoint, program
 
 UNFINISHED = ".unfinished"
 BATCH = 2**27  # bytes of leaves that are written together, or one that is larger
@@ -69,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="folder of a published pipeline (or a converted one, or a finetuning)",
     )
     parser.add_argument("--to", required=True, help="an empty or new folder")
-    parser.add_argument("--dtype", choices=weights.FLOATS, help="of the parameters; default: as published")
+    parser.add_argument("--dtype", choices=tables.FLOATS, help="of the parameters; default: as published")
     parser.add_argument("--layout", default="", help=f"load spread over all devices: {', '.join(layouts.LAYOUTS)}")
     parser.add_argument("--export", action="store_true", help="from a converted folder back to a published one")
     return parser.parse_args(argv)
@@ -96,7 +98,7 @@ def components_of(source: Path) -> dict[str, dict[str, Any]]:
     """The config.json of every component with weights, by the folder's name."""
     if not source.is_dir():
         raise UserError(f"--from {source} is no folder: give a published pipeline")
-    index = published.read_json(source / INDEX)
+    index = folders.read_json(source / INDEX)
     named = {name: held for name, held in index.items() if isinstance(held, list) and len(held) == 2 and held[1]}
     found = {}
     for name, (_, kind) in named.items():
@@ -104,7 +106,7 @@ def components_of(source: Path) -> dict[str, dict[str, Any]]:
         if not folder.is_dir():
             raise UserError(f"{source} lacks the folder {name}, which {INDEX} names: download it")
         if (folder / "config.json").is_file() or kind in READERS:  # else a tokenizer, a scheduler
-            found[name] = published.read_json(folder / "config.json")
+            found[name] = folders.read_json(folder / "config.json")
     if not found:
         raise UserError(f"{source / INDEX} names no model: give a published pipeline")
     return found
@@ -117,32 +119,32 @@ class Component:
         cls, self.of_model, _ = reader(config, folder)
         self.config, self.section = dict(config), fields(config, folder)
         self.kind = next(kind for kind, (known, _) in experiment.MODELS.items() if known is cls)
-        self.files, model = published.Folder(folder), cls(**self.section)
+        self.files, model = folders.Folder(folder), cls(**self.section)
         self.boxed = abstract(model, self.of_model)
         self.tree = sharding.unboxed(self.boxed)
         prefixes = getattr(self.of_model, "PREFIXES", (None,))
-        tables = {prefix: table_of(model, self.of_model, prefix) for prefix in prefixes}
-        fits = (one for one, table in tables.items() if any(name.format(0) in self.files.shapes for name in table))
+        possible = {prefix: table_of(model, self.of_model, prefix) for prefix in prefixes}
+        fits = (one for one, table in possible.items() if any(name.format(0) in self.files.shapes for name in table))
         self.prefix = next(fits, prefixes[0])
-        self.table = tables[self.prefix]
+        self.table = possible[self.prefix]
 
     def mismatches(self) -> list[str]:
         """Sentences on all in which the files are not what the model needs."""
         ignored = getattr(self.of_model, "IGNORED", ())
-        return weights.mismatches(self.table, self.tree, self.files.shapes, ignored)
+        return tables.mismatches(self.table, self.tree, self.files.shapes, ignored)
 
     def dtypes(self, dtype: str | None) -> dict[str, Any]:
         """The type of each leaf: as published, or as told."""
         if dtype is None:
-            return weights.dtypes(self.table, self.tree, self.files.shapes)
-        return dict.fromkeys(weights.flat(self.tree), jnp.dtype(dtype))
+            return tables.dtypes(self.table, self.tree, self.files.shapes)
+        return dict.fromkeys(tables.flat(self.tree), jnp.dtype(dtype))
 
     def load(self, to: Path, types: Mapping[str, Any], where: Any) -> int:
         """From the files to a checkpoint; returns its bytes."""
-        placed = weights.flat(sharding.shardings(self.boxed, *where)) if where else {}
+        placed = tables.flat(sharding.shardings(self.boxed, *where)) if where else {}
         wanted = [
             jax.ShapeDtypeStruct(leaf.shape, types[path], sharding=placed.get(path))
-            for path, leaf in weights.flat(self.tree).items()
+            for path, leaf in tables.flat(self.tree).items()
         ]
         tree = jax.tree.unflatten(jax.tree.structure(self.tree), wanted)
         section = {"kind": self.kind, **self.section}
@@ -151,7 +153,7 @@ class Component:
             meta["stats"] = [np.asarray(row).tolist() for row in self.of_model.stats(self.config)]
         with checkpoint.Checkpoints(to / checkpoint.SUBDIR) as kept:
             name = "vae" if "stats" in meta else "model"
-            leaves = weights.leaves(self.table, tree, self.files.read)
+            leaves = tables.leaves(self.table, tree, self.files.read)
             kept.stream(0, ({"ema": {name: batch}} for batch in batches(leaves)), meta)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in wanted)
 
@@ -162,33 +164,33 @@ def batches(leaves: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
     for path, leaf in leaves:
         batch[path] = leaf
         if sum(one.nbytes for one in batch.values()) >= BATCH:
-            yield weights.nested(batch)
+            yield tables.nested(batch)
             batch = {}
     if batch:
-        yield weights.nested(batch)
+        yield tables.nested(batch)
 
 
-def table_of(model: Any, of_model: ModuleType, prefix: str | None) -> weights.Table:
+def table_of(model: Any, of_model: ModuleType, prefix: str | None) -> tables.Table:
     """The weight table, with its names' beginning where a file of models has several."""
     return of_model.weights(model, prefix) if hasattr(of_model, "PREFIXES") else of_model.weights(model)
 
 
 def export(source: Path, to: Path) -> None:
     """A converted folder back to what diffusers and transformers read."""
-    index = published.read_json(source / INDEX)
+    index = folders.read_json(source / INDEX)
     models = {name for name in index if (source / name / checkpoint.SUBDIR).is_dir()}
     for name in sorted(models):
         stored, read, meta = checkpoint.opened(source / name, "ema")
         config, ((kind, tree),) = meta["published"], stored.items()
         cls, of_model, stem = reader(config, source / name)
         table = table_of(cls(**fields(config, source / name)), of_model, meta["prefix"])
-        leaves = weights.flat(tree)
+        leaves = tables.flat(tree)
         shapes = {
             entry.name: (entry.shape, leaves[entry.places[0][0].leaf].dtype.name)
-            for entry in weights.entries(table, tree)
+            for entry in tables.entries(table, tree)
         }
-        tensors = weights.export(table, tree, lambda path, read=read, kind=kind: read(f"{kind}/{path}"))
-        published.write(to / name, stem, config, tensors, shapes)
+        tensors = tables.export(table, tree, lambda path, read=read, kind=kind: read(f"{kind}/{path}"))
+        folders.write(to / name, stem, config, tensors, shapes)
     rest(source, to, models)
 
 

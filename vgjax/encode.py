@@ -17,15 +17,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, distributed, experiment, program, sharding
+from vgjax import experiment
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Folder, Latents, LatentWriter
 from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, door
-from vgjax.families.sampler import OpenSampler, is_open
-from vgjax.families.store import Store
-from vgjax.families.texts import embed, identity, padded
 from vgjax.objectives.vae import from_uint8
+from vgjax.open.sampler import OpenSampler, is_open
+from vgjax.open.store import Store
+from vgjax.open.texts import embed, identity, padded
+from vgjax.parallel import distributed, sharding
+from vgjax.training import checkpoint, program
 from vgjax.typing import PyTree
 
 CAPTIONS = 512  # read by the encoders at a time: more would fill the host's memory with embeddings

@@ -19,20 +19,22 @@ import numpy as np
 from einops import rearrange
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, distributed, experiment, program, sharding, video
-from vgjax.data import shapes
+from vgjax import experiment
+from vgjax.data import shapes, video
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
+from vgjax.data.storage import writing
 from vgjax.errors import UserError, door
 from vgjax.flow.path import sample_keys
-from vgjax.log import Log, keep_until
 from vgjax.metrics import prompt
 from vgjax.metrics.psnr import psnr, ssim
 from vgjax.nn.codec import latent_stats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import from_uint8, to_uint8
+from vgjax.parallel import distributed, sharding
 from vgjax.sample import Sampler, settings_of, wanted
-from vgjax.storage import writing
+from vgjax.training import checkpoint, program
+from vgjax.training.log import Log, keep_until
 from vgjax.typing import Params, PyTree
 
 

@@ -19,12 +19,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, distributed, layouts, optim, sharding
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError
-from vgjax.families import tune
-from vgjax.families.store import of_model
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
 from vgjax.models.text import TextEncoder
@@ -32,6 +29,10 @@ from vgjax.nn.codec import stats_of
 from vgjax.objectives.finetune import FinetuneObjective, Lora
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
+from vgjax.open import tune
+from vgjax.open.store import of_model
+from vgjax.parallel import distributed, layouts, sharding
+from vgjax.training import checkpoint, optimizers
 from vgjax.typing import PyTree
 
 MODELS = {
@@ -224,12 +225,12 @@ def optimizer(
     section: Mapping[str, Any] | ConfigDict, steps: int
 ) -> tuple[optax.GradientTransformation, dict[str, Any]]:
     """(the optimizer with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
-    kind, rest = choose("config.optim", optim.OPTIMIZERS, section)
+    kind, rest = choose("config.optim", optimizers.OPTIMIZERS, section)
     of_step = call("config.optim", _of_step, {key: rest.pop(key) for key in OF_STEP if key in rest})
     of_rate = {key: rest.pop(key) for key in ("lr", "schedule", "warmup", "final") if key in rest}
     if "schedule" in of_rate:
         of_rate["kind"] = of_rate.pop("schedule")
-    rate = call("config.optim", optim.schedule, of_rate, steps=steps)
+    rate = call("config.optim", optimizers.schedule, of_rate, steps=steps)
     return call("config.optim", kind, rest, rate=rate), of_step
 
 

@@ -24,11 +24,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vgjax import experiment, flops, hlo, layouts, program, sample, sharding, state, step, topology
+from vgjax import experiment, sample
 from vgjax.errors import UserError, door
 from vgjax.nn.codec import LatentStats
-from vgjax.rows import GIB, STATE, Row, table, write
-from vgjax.topology import Topology
+from vgjax.parallel import layouts, sharding
+from vgjax.planner import flops, hlo, topology
+from vgjax.planner.report import GIB, STATE, Row, table, write
+from vgjax.planner.topology import Topology
+from vgjax.training import program, state, step
 from vgjax.typing import PyTree
 
 USAGE = "usage: python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4 [--layouts all] [--out DIR]"

@@ -20,18 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vgjax import checkpoint, distributed, experiment, layouts, program, sharding, video
+from vgjax import experiment
+from vgjax.data import video
+from vgjax.data.storage import writing
 from vgjax.errors import UserError, door
-from vgjax.families import tune
-from vgjax.families.sampler import OpenSampler, is_open, peak
-from vgjax.families.store import Store
 from vgjax.flow.guidance import cfg as guide
 from vgjax.flow.path import noise
 from vgjax.flow.steppers import STEPPERS, integrate
 from vgjax.nn.codec import decode_tiled, from_unit
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import to_uint8
-from vgjax.storage import writing
+from vgjax.open import tune
+from vgjax.open.sampler import OpenSampler, is_open, peak
+from vgjax.open.store import Store
+from vgjax.parallel import distributed, layouts, sharding
+from vgjax.training import checkpoint, program
 from vgjax.typing import Array, Float, Params, PyTree, UInt8
 
 

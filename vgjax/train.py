@@ -17,19 +17,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from vgjax import checkpoint, distributed, encode, evaluate, experiment, flops, layouts, program, sharding, state, step
+from vgjax import encode, evaluate, experiment
 from vgjax.data import pipeline
 from vgjax.data.embeddings import Embeddings
 from vgjax.data.sources import Latents
+from vgjax.data.storage import alone, writing
 from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
-from vgjax.families.store import Store
-from vgjax.families.texts import identity
-from vgjax.log import Log
 from vgjax.objectives.finetune import FinetuneObjective
 from vgjax.objectives.flow import FlowObjective
+from vgjax.open.store import Store
+from vgjax.open.texts import identity
+from vgjax.parallel import distributed, layouts, sharding
+from vgjax.planner import flops
 from vgjax.sample import settings_of
-from vgjax.storage import alone, writing
+from vgjax.training import checkpoint, program, state, step
+from vgjax.training.log import Log
 from vgjax.typing import PyTree
 
 LOADED = ("drop_caption", "frames", "size", "fps", "workers", "threads", "timeout_s", "max_bad")

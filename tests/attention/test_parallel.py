@@ -7,10 +7,10 @@ import pytest
 from battery import naive_attention, value_and_gradients
 from jax.sharding import NamedSharding
 
-from vgjax import layouts, sharding
 from vgjax.attention.full import Full
 from vgjax.attention.parallel import Parallel, fill, join, part
 from vgjax.attention.segments import Segments
+from vgjax.parallel import layouts, sharding
 
 K = 8
 CASES = {  # b, n, m, heads, segments

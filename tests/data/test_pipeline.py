@@ -19,8 +19,8 @@ from vgjax.data.pipeline import _pids, batches, examples
 from vgjax.data.sources import Bad, Folder, Latents, LatentWriter
 from vgjax.data.text import Bytes
 from vgjax.data.transforms import BadFiles
+from vgjax.data.video import write_mp4
 from vgjax.errors import LoaderError, UserError
-from vgjax.video import write_mp4
 
 OPTIONS = {"seed": 3, "batch": 4, "tokenizer": Bytes(8), "drop_caption": 0.25, "frames": 3, "size": (16, 16), "fps": 8}
 

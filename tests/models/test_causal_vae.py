@@ -13,7 +13,7 @@ from vgjax.metrics.psnr import psnr
 from vgjax.models import causal_vae
 from vgjax.models.causal_vae import SIZES, CausalVAE
 from vgjax.nn import codec
-from vgjax.sharding import unboxed
+from vgjax.parallel.sharding import unboxed
 
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, latent_channels=4)
 MODELS = {

@@ -8,10 +8,10 @@ import parity
 import pytest
 from einops import rearrange
 
-from vgjax import weights as tables
 from vgjax.errors import UserError
 from vgjax.models.clip import IGNORED, SIZES, CLIPText, CLIPVision, weights
-from vgjax.sharding import unboxed
+from vgjax.open import tables
+from vgjax.parallel.sharding import unboxed
 
 TEXT = CLIPText(vocab=31, dim=24, heads=2, inner=40, blocks=2, positions=11, act="quick_gelu")
 VISION = CLIPVision(dim=24, heads=2, inner=40, blocks=2, patch=4, image=12)

@@ -13,7 +13,6 @@ from diffusers import AutoencoderKLHunyuanVideo
 from einops import rearrange
 from flax import linen as nn
 
-from vgjax import layouts, sharding
 from vgjax.attention import full
 from vgjax.errors import UserError
 from vgjax.models import hunyuan_vae
@@ -21,8 +20,9 @@ from vgjax.models.hunyuan_vae import SIZES, FrameAttention, HunyuanVAE, frame_ca
 from vgjax.nn import codec
 from vgjax.nn.causal import CausalConv3D
 from vgjax.nn.norm import GroupNorm
-from vgjax.sharding import unboxed
-from vgjax.weights import entries
+from vgjax.open.tables import entries
+from vgjax.parallel import layouts, sharding
+from vgjax.parallel.sharding import unboxed
 
 torch.set_num_threads(1)
 

@@ -7,10 +7,10 @@ import numpy as np
 import parity
 import pytest
 
-from vgjax import weights as tables
 from vgjax.errors import UserError
 from vgjax.models.llama import IGNORED, SIZES, Llama, weights
-from vgjax.sharding import unboxed
+from vgjax.open import tables
+from vgjax.parallel.sharding import unboxed
 
 TINY = dict(vocab=31, dim=24, heads=4, kv_heads=2, inner=40, blocks=2)
 MODEL = Llama(**TINY)

@@ -7,9 +7,9 @@ import numpy as np
 import parity
 import pytest
 
-from vgjax import weights as tables
 from vgjax.models.t5 import BUCKETS, IGNORED, REACH, SIZES, T5Encoder, buckets, weights
-from vgjax.sharding import unboxed
+from vgjax.open import tables
+from vgjax.parallel.sharding import unboxed
 
 TINY = dict(vocab=31, dim=20, heads=2, inner=40, blocks=2, head_dim=6)
 MODEL = T5Encoder(**TINY)

@@ -10,11 +10,11 @@ import parity
 import pytest
 from einops import rearrange
 
-from vgjax import layouts, sharding
-from vgjax import weights as tables
 from vgjax.errors import UserError
 from vgjax.models.wan_vae import SIZES, WanVAE, stats, weights
 from vgjax.nn import codec
+from vgjax.open import tables
+from vgjax.parallel import layouts, sharding
 
 # Each with the video (batch, frames, height, width) that it is compared on.
 CASES = {

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, conv3d_direct, conv3d_taps
-from vgjax.sharding import unboxed
+from vgjax.parallel.sharding import unboxed
 
 KERNELS = [
     ((3, 3, 3), (1, 1, 1)),

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgjax import sharding, weights
 from vgjax.errors import UserError
 from vgjax.models.crossdit import CrossDiT
 from vgjax.models.mmdit import MMDiT
 from vgjax.nn import lora
+from vgjax.open import tables
+from vgjax.parallel import sharding
 
 MODELS = {
     "mmdit": MMDiT(
@@ -59,10 +60,10 @@ def test_every_kernel_of_the_blocks_has_its_product_and_learns(case):
     def loss(own):
         return jnp.mean(jnp.square(apply({"params": params, "lora": own}, *given)))
 
-    grads = weights.flat(jax.jit(jax.grad(loss))(moved(own)))
+    grads = tables.flat(jax.jit(jax.grad(loss))(moved(own)))
     stacked = {
         path.removesuffix("/kernel/value")
-        for path, leaf in weights.flat(boxed).items()
+        for path, leaf in tables.flat(boxed).items()
         if path.endswith("/kernel/value") and "/block/" in path and "modulation" not in path
     }
     assert {path.rsplit("/", 1)[0] for path in grads} == stacked
@@ -71,7 +72,7 @@ def test_every_kernel_of_the_blocks_has_its_product_and_learns(case):
 
 def test_names_say_where_the_small_kernels_lie(case):
     *_, boxed = case
-    own = weights.flat(
+    own = tables.flat(
         jax.tree.map(
             lambda box: str(box.names),
             lora.born(boxed, 3, ("merge",), jax.random.key(0)),

@@ -11,7 +11,7 @@ from flax import linen as nn
 from vgjax.errors import UserError
 from vgjax.nn.linear import Linear
 from vgjax.nn.stack import REMAT, Stack
-from vgjax.sharding import unboxed
+from vgjax.parallel.sharding import unboxed
 
 LENGTH = 3
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgjax import sharding
 from vgjax.flow.path import Straight, sample_keys
 from vgjax.flow.time import LogitNormal, Shift
 from vgjax.models.causal_vae import CausalVAE
@@ -13,6 +12,7 @@ from vgjax.models.mmdit import MMDiT
 from vgjax.models.text import TextEncoder
 from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
+from vgjax.parallel import sharding
 
 VAE = CausalVAE(width=4, multipliers=(1, 2), blocks=1, time=(2,), space=(2,), patch=2, latent_channels=4)
 MODEL = MMDiT(

@@ -8,7 +8,7 @@ import pytest
 from vgjax.errors import UserError
 from vgjax.models.causal_vae import CausalVAE
 from vgjax.objectives.vae import VAEObjective, from_uint8
-from vgjax.sharding import Named, unboxed
+from vgjax.parallel.sharding import Named, unboxed
 
 MODEL = CausalVAE(width=4, multipliers=(1,), blocks=0, time=(), space=(), patch=4, patch_frames=2, latent_channels=3)
 KEY = jax.random.key(7)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vgjax.attention.segments import Segments, allowed, pad
 from vgjax.attention.splash import splash
-from vgjax.sharding import is_local, platform
+from vgjax.parallel.sharding import is_local, platform
 from vgjax.typing import Array, Bool, Float, PyTree
 
 # CPU, measured by benchmarks/attention.py: below this many scores a head the batched form is as fast, above it

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from einops import rearrange
 
-from vgjax import sharding
 from vgjax.attention.full import Full
 from vgjax.attention.segments import Segments, everyone, pad
+from vgjax.parallel import sharding
 from vgjax.typing import Array, Float, Shaped
 
 TOKENS = ("batch", "tokens", "heads", None)

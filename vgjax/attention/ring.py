@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vgjax.attention import full, splash
 from vgjax.attention.segments import Segments
-from vgjax.sharding import platform
+from vgjax.parallel.sharding import platform
 from vgjax.typing import Array, Float, PyTree
 
 

@@ -21,8 +21,8 @@ from einops import rearrange
 from jaxtyping import Float64, Int64, UInt8
 from PIL import Image, ImageOps
 
+from vgjax.data.video import BT709, SCALING
 from vgjax.errors import UserError
-from vgjax.video import BT709, SCALING
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (

@@ -30,8 +30,8 @@ from jaxtyping import Float, UInt8
 
 from vgjax.data import captions
 from vgjax.data.captions import Grammar, Request, Thing
+from vgjax.data.video import write_mp4
 from vgjax.errors import UserError, door
-from vgjax.video import write_mp4
 
 RGB = {
     "red": (220, 35, 35),

@@ -19,7 +19,7 @@ from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, Padding
 from vgjax.nn.codec import check_video, latent_shape
 from vgjax.nn.norm import RMSNorm
-from vgjax.sharding import shard
+from vgjax.parallel.sharding import shard
 from vgjax.typing import Array, Dtype, Float, Key
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from vgjax.nn.linear import Linear
 from vgjax.nn.mlp import MLP
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
-from vgjax.sharding import named, shard
+from vgjax.open.tables import Part, Table, expect, heads, linear, merge, mlp, norm
+from vgjax.parallel.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, heads, linear, merge, mlp, norm
 
 # OpenCLIP's, without approximation; OpenAI's, by a logistic function.
 ACTS: dict[str, Callable[[Array], Array]] = {

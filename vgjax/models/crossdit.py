@@ -27,9 +27,9 @@ from vgjax.nn.mlp import MLP
 from vgjax.nn.modulation import gated, modulate, per_token
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
-from vgjax.sharding import named, shard
+from vgjax.open.tables import Part, Table, expect, heads, linear, merge, mlp, norm
+from vgjax.parallel.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, heads, linear, merge, mlp, norm
 
 _14B: dict[str, Any] = dict(dim=5120, heads=40, inner=13824, blocks=40, channels=16, text_dim=4096, remat="full")
 SIZES: dict[str, dict[str, Any]] = {

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from vgjax import sharding
 from vgjax.attention.full import Full
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalUpsample
 from vgjax.nn.codec import check_video, latent_shape, run
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.norm import GroupNorm
-from vgjax.sharding import shard
+from vgjax.open.tables import Part, Table, expect, norm
+from vgjax.parallel import sharding
+from vgjax.parallel.sharding import shard
 from vgjax.typing import Array, Dtype, Float, Params
-from vgjax.weights import Part, Table, expect, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     # HunyuanVideo, 246 million parameters.

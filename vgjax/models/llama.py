@@ -18,9 +18,9 @@ from vgjax.nn.heads import Heads, Merge
 from vgjax.nn.mlp import GatedMLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
-from vgjax.sharding import named, shard
+from vgjax.open.tables import Part, Table, expect, heads, linear, merge, norm
+from vgjax.parallel.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, heads, linear, merge, norm
 
 _8B: dict[str, Any] = dict(vocab=128256, dim=4096, heads=32, kv_heads=8, inner=14336, blocks=32)
 SIZES: dict[str, dict[str, Any]] = {

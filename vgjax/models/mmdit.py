@@ -28,9 +28,9 @@ from vgjax.nn.mlp import MLP
 from vgjax.nn.modulation import Modulation, gated, modulate
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
-from vgjax.sharding import shard
+from vgjax.open.tables import Joined, Part, Table, expect, heads, linear, merge, mlp, norm
+from vgjax.parallel.sharding import shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Joined, Part, Table, expect, heads, linear, merge, mlp, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": dict(

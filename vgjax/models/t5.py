@@ -19,9 +19,9 @@ from vgjax.nn.heads import Heads, Merge
 from vgjax.nn.mlp import GatedMLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
-from vgjax.sharding import named, shard
+from vgjax.open.tables import Part, Table, expect, heads, linear, merge, norm
+from vgjax.parallel.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
-from vgjax.weights import Part, Table, expect, heads, linear, merge, norm
 
 SIZES: dict[str, dict[str, Any]] = {
     "t5-xxl": dict(vocab=32128, dim=4096, heads=64, inner=10240, blocks=24),

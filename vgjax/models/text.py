@@ -19,7 +19,7 @@ from vgjax.nn.linear import Linear
 from vgjax.nn.mlp import MLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
-from vgjax.sharding import named, shard
+from vgjax.parallel.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
 
 THETA = 100.0  # captions are short: the slowest frequency turns once in about six hundred tokens

@@ -22,9 +22,9 @@ from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsamp
 from vgjax.nn.codec import check_video, latent_shape
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.norm import RMSNorm
-from vgjax.sharding import shard
+from vgjax.open.tables import Part, Table, expect
+from vgjax.parallel.sharding import shard
 from vgjax.typing import Array, Dtype, Float
-from vgjax.weights import Part, Table, expect
 
 SIZES: dict[str, dict[str, Any]] = {
     "wan2.1": dict(width=96),

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import linen as nn
 
-from vgjax import sharding
 from vgjax.nn.linear import lecun
-from vgjax.sharding import named, platform
+from vgjax.parallel import sharding
+from vgjax.parallel.sharding import named, platform
 from vgjax.typing import Array, Dtype, Float
 
 Padding = Literal["zeros", "replicate", "edge"]

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from vgjax.nn import lora
 from vgjax.nn.norm import RMSNorm
-from vgjax.sharding import named
+from vgjax.parallel.sharding import named
 from vgjax.typing import Array, Dtype, Float
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vgjax.nn import lora
-from vgjax.sharding import named
+from vgjax.parallel.sharding import named
 from vgjax.typing import Array, Dtype, Float
 
 # LeCun-normal keeps the variance of a unit input; the init of every unnamed matrix in the house.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vgjax.errors import UserError
-from vgjax.sharding import Named
+from vgjax.parallel.sharding import Named
 from vgjax.typing import Array, Dtype, Float, Key, Params, PyTree
 
 TARGETS = ("qkv", "q", "text_kv", "image_kv", "merge", "mlp")  # attention and MLP of every model

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import reduce, repeat
 from flax import linen as nn
 
-from vgjax.sharding import named
+from vgjax.parallel.sharding import named
 from vgjax.typing import Array, Dtype, Float
 
 

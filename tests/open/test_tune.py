@@ -1,0 +1,200 @@
+"""Open weights that go on learning: whole or by adapters, resumed, over devices, sampled; and what is refused."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_models
+import pytest
+from conftest import ROOT, program
+from safetensors.numpy import load_file
+
+from vgjax import convert, experiment, sample
+from vgjax.data import video
+from vgjax.data.decode import read_clip
+from vgjax.data.embeddings import Embeddings
+from vgjax.errors import USER, UserError
+from vgjax.open import tables, texts, tune
+from vgjax.open.sampler import OpenSampler
+from vgjax.open.store import Store
+from vgjax.training import checkpoint
+
+CAPTIONS = ("a cat walks", "a red dog runs", "grass over snow", "a dog walks slowly")
+FAMILIES = {"wan": open_models.wan, "hunyuan_video": open_models.hunyuan_video}
+SHORT = (
+    "--config.data.frames=5", "--config.data.size=(32,32)", "--config.data.fps=8.0", "--config.data.workers=0",
+    "--config.train.batch=8", "--config.train.log_every=1", "--config.train.save_every=6", "--config.optim.lr=0.01",
+    "--config.optim.warmup=1", "--config.optim.ema=0.5", "--config.precision=float32", "--config.layout.devices=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with four captioned clips, and a converted folder of each family."""
+    home, random = tmp_path_factory.mktemp("tune"), np.random.default_rng(0)
+    (home / "videos").mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        clip = np.zeros((5, 32, 32, 3), np.uint8)
+        clip[:, 4 * i : 4 * i + 12, 8:24] = random.integers(50, 255, 3)
+        video.write_mp4(home / "videos" / f"{i}.mp4", clip, 8.0)
+        (home / "videos" / f"{i}.txt").write_text(caption)
+    for family, make in FAMILIES.items():
+        make(home / family / "published")
+        convert.convert(home / family / "published", home / family / "converted", None, None)
+    return home
+
+
+def train(home, name, steps, *flags, family="wan", **environment):
+    """(what was printed, the losses) of a run in `home/family/name`."""
+    given = f"--config.weights={home / family / 'converted'}", f"--config.data.path={home / 'videos'}"
+    where = home / family / name
+    config = f"configs/{family}.py:own"
+    args = "--config", config, *SHORT, *given, "--workdir", where, f"--config.train.steps={steps}", *flags
+    ran = program("train", *args, **environment)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    lines = (where / "metrics.jsonl").read_text().splitlines()
+    return ran.stdout, [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def adapted(home):
+    return train(home, "lora", 12, "--config.lora.rank=4")
+
+
+def falls(losses):
+    return np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+
+
+def digest(printed):
+    return re.search(r"state digest (\w{64})", printed)[1]
+
+
+def test_the_whole_model_learns_and_a_resumed_run_is_the_same(home):
+    straight, losses = train(home, "whole", 12)
+    assert falls(losses)
+    train(home, "halves", 6)
+    resumed, again = train(home, "halves", 12)
+    assert digest(resumed) == digest(straight) and again == losses
+
+
+def test_adapters_learn_and_are_saved_alone(home, adapted):
+    assert falls(adapted[1])
+    tree, meta, _ = checkpoint.load(home / "wan" / "lora")
+    leaves = tables.flat(tree["params"])
+    assert {path.rsplit("/", 1)[1] for path in leaves} == {"a", "b"} and "velocity/blocks/block/qkv/a" in leaves
+    assert sum(leaf.size for leaf in leaves.values()) < 8000 < 24608
+    assert meta["config"]["weights"] == str(home / "wan" / "converted")
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video"])
+def test_the_other_family_learns_too(home, family):
+    _, losses = train(home, "lora", 12, "--config.lora.rank=4", family=family)
+    assert falls(losses)
+
+
+def test_adapters_on_eight_devices_that_encoded_the_clips_too_learn_as_on_one(home, adapted):
+    flags = "--config.lora.rank=4", "--config.layout=usp", "--config.layout.devices=8"
+    flags += (f"--config.latents={home / 'wan' / 'latents of eight'}",)
+    _, losses = train(home, "spread", 12, *flags, JAX_NUM_CPU_DEVICES="8")
+    np.testing.assert_allclose(losses, adapted[1], rtol=1e-4)
+
+
+def test_a_run_is_sampled_by_one_process_or_two_and_differs_from_what_it_began_with(home, adapted):
+    run, out = home / "wan" / "lora", home / "sampled"
+    args = ["--prompt", CAPTIONS[0], "--frames", "5", "--size", "32x32", "--steps", "2"]
+    ran = program("sample", "--checkpoint", run, *args, "--out", out)
+    assert ran.returncode == 0 and "WanPipeline" in ran.stdout and (out / "000.mp4").is_file(), ran.stderr[-2000:]
+    job = [sys.executable, "launch/local.py", "2", "vgjax.sample", "--checkpoint", run, *args, "--layout", "fsdp"]
+    ran = subprocess.run([*map(str, job), "--out", str(home / "job")], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    both = (read_clip(home / name / "000.mp4", 5, (32, 32)).astype(int) for name in ("sampled", "job"))
+    assert np.abs(np.subtract(*both)).max() <= 3
+    folder, tuned = tune.tuned(run)
+    options = dict(frames=5, size=(32, 32), steps=2)
+    ours, before = (OpenSampler(Store(folder, tuned=one))([CAPTIONS[0]], **options) for one in (tuned, None))
+    assert (ours != before).mean() > 0.1
+
+
+def test_a_merged_folder_samples_as_the_run_does_and_is_exported(home, adapted):
+    for source, to, *more in (("lora", "merged"), ("merged", "exported", "--export")):
+        ran = program("convert", "--from", home / "wan" / source, "--to", home / "wan" / to, *more)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    folder, tuned = tune.tuned(home / "wan" / "lora")
+    options = dict(frames=5, size=(32, 32), steps=2)
+    run = OpenSampler(Store(folder, tuned=tuned))([CAPTIONS[1]], **options)
+    np.testing.assert_array_equal(OpenSampler(Store(home / "wan" / "merged"))([CAPTIONS[1]], **options), run)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(home / "wan" / name / file) for name in ("exported", "published"))
+    changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
+    assert ours.keys() == theirs.keys() and "blocks.0.attn1.to_q.weight" in changed
+    assert all(re.search(r"(attn\d\.to_(q|k|v|out\.0)|ffn\..*)\.weight", name) for name in changed)
+    assert not (home / "wan" / "exported" / texts.FOLDER).exists()
+
+
+def test_captions_are_encoded_as_the_sampler_encodes_prompts(home, adapted):
+    store = Store(home / "wan" / "converted")
+    family = OpenSampler(store).family
+    kept = Embeddings(home / "wan" / "latents")
+    for caption in (*CAPTIONS, ""):
+        text, mask = kept(caption)
+        c, real, vec = texts.embed(store, family, [caption], keep=False)
+        assert vec is None and "vec" not in text
+        np.testing.assert_array_equal(mask, real[0])
+        np.testing.assert_allclose(text["c"], c[0], atol=1e-5)
+    with pytest.raises(UserError, match="'a bird' is not among the encoded ones"):
+        kept("a bird")
+
+
+def test_an_expert_learns_at_the_times_it_serves(home):
+    open_models.wan(home / "experts" / "published", experts=2)
+    convert.convert(home / "experts" / "published", home / "experts" / "converted", None, None)
+    store = Store(home / "experts" / "converted")
+    assert tune.served(store, "transformer") == (0.0, 0.125) and tune.served(store, "transformer_2") == (0.125, 1.0)
+
+
+def config_of(home, *flags, arg="own"):
+    from vgjax.training import program as start
+
+    given = "--config", f"configs/wan.py:{arg}", f"--config.weights={home / 'wan' / 'converted'}"
+    config, _, _ = start.read_config(["", *given, *flags], "", workdir=False)
+    return experiment.resolve(config, home)
+
+
+@pytest.mark.parametrize(
+    "flags, arg, words",
+    [
+        (["--config.objective.family=hunyuan_video"], "own", "holds a WanPipeline: use the config of that family"),
+        (["--config.component=transformer_3"], "own", "has no such model"),
+        ([], "wan2.1-t2v-1.3b", "holds another model than config.model: dim 24 where config.model says 1536"),
+        (["--config.weights=/nowhere"], "own", "/nowhere/model_index.json cannot be read"),
+    ],
+)
+def test_a_folder_that_does_not_fit_the_config_is_refused(home, flags, arg, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        experiment.prepared(config_of(home, *flags, arg=arg), home)
+
+
+def test_models_of_images_are_refused(home):
+    open_models.wan(home / "image" / "published", image=True)
+    convert.convert(home / "image" / "published", home / "image" / "converted", None, None)
+    with pytest.raises(UserError, match="only text-to-video models can be finetuned"):
+        experiment.prepared(config_of(home, f"--config.weights={home / 'image' / 'converted'}"), home)
+
+
+def test_what_a_finetuning_cannot_do_is_said(home, adapted):
+    ran = program("evaluate", "--checkpoint", home / "wan" / "lora")
+    assert ran.returncode == USER and "sample it with vgjax.sample" in ran.stderr
+    shutil.copytree(home / "wan" / "lora", home / "moved")
+    meta = next((home / "moved" / "checkpoints").glob("*12/meta.json"))
+    meta.write_text(meta.read_text().replace(str(home / "wan" / "converted"), "/gone"))
+    with pytest.raises(UserError, match="finetuned from /gone, which is no converted folder"):
+        tune.tuned(home / "moved")
+    shutil.copytree(home / "wan" / "lora", home / "wan" / "other")
+    (home / "wan" / "other" / "weights.sha256").write_text("of others")
+    with pytest.raises(AssertionError, match="holds another transformer than the one whose adapters"):
+        train(home, "other", 14, "--config.lora.rank=4")
+    built = experiment.build(*experiment.prepared(config_of(home, "--config.lora.rank=2"), home)[:2])
+    assert sample.wanted(built)["velocity"]["blocks"]["block"]["qkv"]["a"].value.shape == (2, 3, 24, 2)

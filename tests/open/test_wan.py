@@ -1,0 +1,129 @@
+"""Wan, published, converted and sampled: one expert, two, an image, a time for each frame; as in diffusers."""
+
+import jax
+import numpy as np
+import open_models
+import parity
+import pytest
+import torch
+from conftest import program
+from PIL import Image
+
+from vgjax import convert, sample
+from vgjax.data.decode import read_clip
+from vgjax.errors import USER, UserError
+from vgjax.open import wan
+from vgjax.open.sampler import OpenSampler
+from vgjax.open.store import Store
+from vgjax.parallel import layouts
+
+PROMPTS = ["A cat  walks on the &amp; grass,\n realistic", "a red dog runs slowly over snow."]
+KINDS = {
+    "text": dict(),
+    "two experts": dict(experts=2),
+    "image": dict(image=True),
+    "image, two experts": dict(image=True, experts=2),
+    "image, a time for each frame": dict(image=True, each=True),
+    "text, a time for each frame": dict(each=True),
+}
+SIZE = (32, 64)  # height, width
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("wan")
+            pipe = open_models.wan(folder / "published", **KINDS[kind])
+            convert.convert(folder / "published", folder / "converted", None, None)
+            made[kind] = pipe, OpenSampler(Store(folder / "converted"))
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+
+
+def test_prompts_become_the_published_embeddings(pairs):
+    pipe, sampler = pairs("text")
+    with torch.no_grad():
+        c, other = pipe.encode_prompt(PROMPTS, "bad, blurry", max_sequence_length=512)
+    ours, negative = sampler.embed(PROMPTS, wan.settings(sampler.store), "bad, blurry")
+    parity.near(ours[0], c, 1e-4, 1e-4)
+    parity.near(negative[0], other, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_steps_give_the_latents_and_frames_of_the_reference(pairs, picture, kind):
+    pipe, sampler = pairs(kind)
+    store = sampler.store
+    cfg = (4.0, 2.0) if "two" in kind else (5.0,)
+    use = wan.settings(store, steps=8, frames=5, size=SIZE, cfg=cfg)
+    noise = jax.random.normal(jax.random.key(3), (2, *sampler.latent_shape(use.frames, use.size)))
+    image = picture if "image" in kind else None
+    texts, given = sampler.embed(PROMPTS, use, "bad, blurry"), wan.condition(store, image, 5, SIZE)
+    asked = dict(prompt=PROMPTS, negative_prompt=["bad, blurry"] * 2, num_inference_steps=8, num_frames=5)
+    asked |= dict(height=SIZE[0], width=SIZE[1], latents=parity.to_torch(noise), guidance_scale=cfg[0])
+    asked |= dict(guidance_scale_2=cfg[1]) if len(cfg) > 1 else {}
+    asked |= dict(image=Image.fromarray(picture)) if image is not None else {}
+    ours = sampler.latents(texts, noise, use, given)
+    parity.near(ours, parity.of_torch(pipe(output_type="latent", **asked).frames), 1e-3, 1e-3)
+    frames = pipe(output_type="np", **asked).frames
+    parity.near(np.clip(sampler.frames(ours) / 2 + 0.5, 0, 1), frames, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("kind", layouts.LAYOUTS)
+def test_every_layout_samples_the_latents_of_one_device(pairs, kind):
+    _, sampler = pairs("two experts")
+    use = wan.settings(sampler.store, steps=4, frames=5, size=SIZE)
+    noise = jax.random.normal(jax.random.key(3), (1, *sampler.latent_shape(use.frames, use.size)))
+    texts = sampler.embed(PROMPTS[:1], use)
+    spread = OpenSampler(Store(sampler.store.folder, where=layouts.find(kind, 8)))
+    alone = sampler.latents(texts, noise, use, {})
+    np.testing.assert_allclose(spread.latents(texts, noise, use, {}), alone, atol=1e-4)
+
+
+def test_defaults_are_those_published(pairs):
+    of = {kind: wan.settings(pairs(kind)[1].store) for kind in ("text", "two experts", "text, a time for each frame")}
+    assert (of["text"].steps, of["text"].cfg, of["text"].frames) == (50, (5.0,), 81)
+    assert (of["two experts"].steps, of["two experts"].cfg) == (40, (4.0, 3.0))
+    assert (of["text, a time for each frame"].frames, of["text, a time for each frame"].fps) == (121, 24.0)
+
+
+def test_experts_meet_at_the_boundary(pairs):
+    store = pairs("two experts")[1].store
+    high, low = wan.stages(store, wan.settings(store))
+    assert (high.name, low.name) == ("transformer", "transformer_2")
+    assert high.times[-1] == low.times[0] and low.times[-1] == 1.0
+    assert 1 - high.times[-2] >= 0.875 > 1 - low.times[0]
+
+
+def test_an_image_is_asked_for_where_it_is_needed_and_refused_where_it_is_not(pairs, picture):
+    with pytest.raises(UserError, match="starts from an image: give --image"):
+        wan.condition(pairs("image")[1].store, None, 5, SIZE)
+    with pytest.raises(UserError, match="takes no image: leave --image out"):
+        wan.condition(pairs("text")[1].store, picture, 5, SIZE)
+
+
+def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path, capsys):
+    folder = pairs("image")[1].store.folder
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    asked = ["--checkpoint", folder, "--prompt", "a cat walks", "--image", tmp_path / "first.png", "--steps", "2"]
+    asked += ["--frames", "5", "--size", "32x64", "--out", tmp_path / "out"]
+    ran = program("sample", *asked)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "peak memory: host" in ran.stdout and "WanImageToVideoPipeline" in ran.stdout
+    assert read_clip(tmp_path / "out" / "000.mp4", 5, SIZE, fps=16).shape == (5, *SIZE, 3)
+    missing = [*asked[:5], tmp_path / "none.png", *asked[6:]]
+    for wrong, said in (
+        ([*asked, "--rescale", "0.5"], "--rescale is for models trained here"),
+        (missing, "none.png cannot be read as a picture"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            sample.main(["sample", *map(str, wrong)])
+        assert stopped.value.code == USER and said in capsys.readouterr().err

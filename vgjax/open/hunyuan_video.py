@@ -1,0 +1,98 @@
+"""HunyuanVideo (2412.03603): LLaVA's Llama reads the prompt in a template, CLIP-L pools it, guidance is embedded."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vgjax.errors import UserError
+from vgjax.flow import schedule
+from vgjax.flow.path import reverse
+from vgjax.flow.steppers import Velocity
+from vgjax.models.hunyuan_vae import decode_clips, encode_clips
+from vgjax.open.stage import Settings, Stage
+from vgjax.open.store import Store
+from vgjax.open.texts import Texts, apply
+from vgjax.typing import Array, Float, PyTree
+
+# The words that the model was trained with; the first CROP tokens, up to the prompt, are not shown to it.
+TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+CROP = 95
+LENGTH, POOLED_LENGTH = 256, 77  # tokens that Llama keeps of a prompt, and CLIP
+NEGATIVE = ""
+SKIPPED = 2  # blocks of Llama behind the state that is taken
+
+
+def settings(store: Store, **given: Any) -> Settings:
+    """Those of the paper and of the published pipeline; guidance 6 is told to the model, not computed."""
+    return dataclasses.replace(Settings(50, (1.0,), 6.0, 129, (720, 1280), 24.0), **given)
+
+
+def clean(text: str) -> str:
+    """A prompt as the encoders take it."""
+    return text
+
+
+def texts(store: Store, prompts: Sequence[str]) -> Texts:
+    """Llama's states of the prompts in their template, those of the template cut off; CLIP's pooled vectors."""
+    return *states(store, prompts), pooled(store, prompts)
+
+
+def states(store: Store, prompts: Sequence[str]) -> tuple[Float[np.ndarray, "b m d"], np.ndarray]:
+    """Llama's hidden states of the prompts in their template, and which of them are real."""
+    ids, mask = store.tokens("tokenizer", [TEMPLATE.format(text) for text in prompts], CROP + LENGTH)
+    blocks = store.published("text_encoder")["num_hidden_layers"] - SKIPPED
+    with store.here(), store.model("text_encoder", blocks=blocks, norm=False) as (model, params, _):
+        c = apply(model, params, ids, mask)
+    return c[:, CROP:], mask[:, CROP:]
+
+
+def pooled(store: Store, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+    """CLIP's pooled vector of the prompts. It attends to all positions, padding too, as published."""
+    ids, mask = store.tokens("tokenizer_2", prompts, POOLED_LENGTH)
+    with store.here(), store.model("text_encoder_2") as (model, params, _):
+        return apply(model, params, ids, np.ones_like(mask))[1]
+
+
+def stages(store: Store, use: Settings) -> list[Stage]:
+    """One model for all times."""
+    config = store.scheduler | ({"shift": use.shift} if use.shift else {})
+    times = schedule.euler(config, use.steps, whole=True)
+    return [Stage("transformer", tuple(times.tolist()), use.cfg[0])]
+
+
+def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> PyTree:
+    """Nothing: a text-to-video model."""
+    if image is not None:
+        raise UserError(f"{store.folder} makes videos of text alone: leave --image out")
+    return ()
+
+
+def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int, given: PyTree) -> Velocity:
+    """The velocity of the prompts."""
+    c, mask, vec = texts
+
+    def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."]) -> Float[Array, "b t h w z"]:
+        t = jnp.broadcast_to(t, x.shape[:1])
+        told = (jnp.full(t.shape, guidance, jnp.float32),) if model.guidance else ()
+        return model.apply(variables, x, t, c, mask, vec, *told)
+
+    return reverse(network)
+
+
+encode, decode = encode_clips, decode_clips
+
+
+def finished(x: Float[Array, "b t h w z"], given: PyTree) -> Float[Array, "b t h w z"]:
+    """The latents as they are."""
+    return x

@@ -1,0 +1,148 @@
+"""Sampling from a converted folder: each model comes onto the devices, does its part, and goes again."""
+
+import dataclasses
+import functools
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vgjax.errors import UserError
+from vgjax.flow.guidance import cfg as guide
+from vgjax.flow.path import noise
+from vgjax.flow.steppers import Euler, Velocity, integrate
+from vgjax.nn.codec import decode_tiled, from_unit, stats_of
+from vgjax.objectives.vae import to_uint8
+from vgjax.open import hunyuan_video, wan
+from vgjax.open.stage import Settings
+from vgjax.open.store import INDEX, Store
+from vgjax.open.texts import Texts, embed
+from vgjax.parallel.distributed import fetch
+from vgjax.typing import Array, Float, Params, PyTree, UInt8
+
+FAMILIES = {"HunyuanVideoPipeline": hunyuan_video, "WanPipeline": wan, "WanImageToVideoPipeline": wan}
+
+
+def is_open(path: Path) -> bool:
+    """Whether this is a converted folder."""
+    return (path / INDEX).is_file()
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSampler:
+    """A converted folder ready to sample: call it with prompts."""
+
+    store: Store
+
+    @property
+    def family(self) -> Any:
+        """The file of the family that the folder's pipeline belongs to."""
+        name = self.store.index.get("_class_name")
+        if name not in FAMILIES:
+            raise UserError(f"{self.store.folder / INDEX} is a {name}: known are {', '.join(FAMILIES)}")
+        return FAMILIES[name]
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        negative: str | None = None,
+        image: UInt8[np.ndarray, "h w 3"] | None = None,
+        tile: int = 0,
+        **changed: Any,
+    ) -> UInt8[np.ndarray, "n t h w 3"]:
+        """Videos of `prompts`; sample i's noise depends on `(seed, i)` alone.
+
+        negative: None for the family's own; image: the first frame, for models that take one; tile: see `decode`;
+        changed: fields of `Settings`, which default to what was published.
+        """
+        family, store = self.family, self.store
+        use = family.settings(store, **changed)
+        shape = self.latent_shape(use.frames, use.size)
+        texts = self.embed(prompts, use, negative)
+        given = family.condition(store, image, use.frames, use.size)
+        starts = noise(jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.uint32), shape)
+        return self.decode(self.latents(texts, starts, use, given), tile)
+
+    def embed(self, prompts: Sequence[str], use: Settings, negative: str | None = None) -> tuple[Texts, Texts | None]:
+        """What `latents` takes: of the prompts, and of the negative prompt for each, None without computed guidance."""
+        guided = any(scale != 1.0 for scale in use.cfg)
+        other = [self.family.NEGATIVE if negative is None else negative] * (len(prompts) if guided else 0)
+        both, n = embed(self.store, self.family, [*prompts, *other]), len(prompts)
+        return jax.tree.map(lambda x: x[:n], both), jax.tree.map(lambda x: x[n:], both) if guided else None
+
+    def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """`t h w c` of a video's latents; a `UserError` for a size that the models cannot make."""
+        shape = self.store.module(self.store.published("vae"), "vae").latent_shape(frames, *size)
+        self.store.module(self.store.published("transformer"), "transformer").tokens(shape[:3])
+        return shape
+
+    def latents(
+        self, texts: tuple[PyTree, PyTree], starts: Float[Array, "n t h w c"], use: Settings, given: PyTree
+    ) -> Float[Array, "n t h w c"]:
+        """Unit-scale latents that the noise `starts` becomes, stage by stage, one video at a time.
+
+        texts: what `embed` made of the prompts, and of the negative prompts (None without guidance); given: what
+        `condition` made of an image.
+        """
+        family = self.family
+        # On the host: the devices of a layout take nothing that lies on one of them.
+        texts, given, each = jax.tree.map(np.asarray, (texts, given, list(starts)))
+        for stage in family.stages(self.store, use):
+            if len(stage.times) < 2:
+                continue
+            times = np.array(stage.times, np.float32)
+            with self.store.here(), self.store.model(stage.name) as (model, params, _):
+                for i, x in enumerate(each):
+                    own = texts[:1] if stage.cfg == 1.0 else texts
+                    both = jax.tree.map(lambda *a, i=i: np.stack([one[i] for one in a]), *own)
+                    told = family.velocity, model, stage.cfg, use.guidance
+                    each[i] = fetch(follow(*told, params, both, given, x[None], times))[0]
+        return family.finished(jnp.stack(each), given)
+
+    def decode(self, z: Float[Array, "n t h w c"], tile: int = 0) -> UInt8[np.ndarray, "n s i j 3"]:
+        """Pixels of unit-scale latents."""
+        return np.asarray(to_uint8(jnp.asarray(self.frames(z, tile))))
+
+    def frames(self, z: Float[Array, "n t h w c"], tile: int = 0) -> Float[np.ndarray, "n s i j 3"]:
+        """Frames in about [-1, 1], one video at a time, as published or in tiles of `tile` latent positions a side."""
+        parts = []
+        with self.store.here(), self.store.model("vae") as (vae, params, meta):
+            for one in np.split(np.asarray(from_unit(z, stats_of(meta["stats"]))), len(z)):
+                one = self.store.put(one)
+                if tile and tile < max(one.shape[2:4]):
+                    video = decode_tiled(vae, params, one, tile, tile // 4)
+                else:
+                    video = self.family.decode(vae, params, one)
+                parts.append(fetch(video))
+        return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def follow(
+    velocity: Callable[..., Velocity],
+    model: Any,
+    cfg: float,
+    guidance: float,
+    params: Params,
+    texts: PyTree,
+    given: PyTree,
+    x: Array,
+    times: Array,
+) -> Array:
+    """`x` from the first to the last of `times`; with guidance the texts are doubled, the prompts first."""
+    v = velocity(model, {"params": params}, texts, guidance, given)
+    return integrate(Euler(), guide(v, cfg) if cfg != 1.0 else v, x, times)
+
+
+def peak() -> str:
+    """The most memory that host and devices held so far."""
+    said = [f"host {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"]
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    if used := [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]:
+        said.append(f"a device {max(used) / 2**30:.1f} GiB")
+    return "peak memory: " + ", ".join(said)

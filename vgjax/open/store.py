@@ -1,0 +1,200 @@
+"""Published models and converted folders: which class is which of our modules, and its parameters on the devices."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vgjax.errors import UserError
+from vgjax.models import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
+from vgjax.nn import lora
+from vgjax.objectives.finetune import Lora
+from vgjax.open import folders
+from vgjax.parallel import sharding
+from vgjax.training import checkpoint
+from vgjax.typing import Dtype, PyTree
+
+INDEX = "model_index.json"
+# class of a config.json: (our module, its file, stem of its safetensors)
+READERS: dict[str, tuple[type[nn.Module], ModuleType, str]] = {
+    "HunyuanVideoTransformer3DModel": (mmdit.MMDiT, mmdit, "diffusion_pytorch_model"),
+    "WanTransformer3DModel": (crossdit.CrossDiT, crossdit, "diffusion_pytorch_model"),
+    "AutoencoderKLHunyuanVideo": (hunyuan_vae.HunyuanVAE, hunyuan_vae, "diffusion_pytorch_model"),
+    "AutoencoderKLWan": (wan_vae.WanVAE, wan_vae, "diffusion_pytorch_model"),
+    "LlamaModel": (llama.Llama, llama, "model"),
+    "CLIPTextModel": (clip.CLIPText, clip, "model"),
+    "CLIPVisionModel": (clip.CLIPVision, clip, "model"),
+    "T5EncoderModel": (t5.T5Encoder, t5, "model"),
+    "UMT5EncoderModel": (t5.T5Encoder, t5, "model"),
+}
+
+
+def reader(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], ModuleType, str]:
+    """The row of `READERS` for a config.json."""
+    name = folders.class_of(config, where)
+    if name not in READERS:
+        raise UserError(f"{where} is a {name}: known are {', '.join(READERS)}")
+    return READERS[name]
+
+
+def of_model(module: nn.Module) -> ModuleType:
+    """The file that a published module is written in."""
+    return next(file for known, file, _ in READERS.values() if known is type(module))
+
+
+def fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Our module's fields, of a config.json."""
+    try:
+        return reader(config, where)[1].published(config)
+    except KeyError as error:
+        raise UserError(f"{where / 'config.json'} lacks {error.args[0]!r}: download it again") from error
+
+
+def abstract(module: nn.Module, of_model: ModuleType) -> PyTree:
+    """The module's abstract parameters, in their boxes of names."""
+    return jax.eval_shape(module.init, jax.random.key(0), *of_model.inputs(module))["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A run that went on training a component of a folder, and which of its weights to take: `ema` or `params`."""
+
+    run: Path
+    component: str
+    lora: Lora | None = None
+    weights: str = "ema"
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A converted folder.
+
+    `model` brings parameters onto `where` (layout, mesh; None: one device), and takes them away. What `tuned` trained
+    stands in its place.
+    """
+
+    folder: Path
+    dtype: Dtype = jnp.float32
+    where: tuple[Any, Any] | None = None
+    tuned: Tuned | None = None
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return folders.read_json(self.folder / INDEX)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        return folders.read_json(self.folder / "scheduler" / "scheduler_config.json")
+
+    def published(self, name: str) -> dict[str, Any]:
+        """The config.json that a model was published with."""
+        return checkpoint.meta(self.folder / name)["published"]
+
+    def here(self) -> contextlib.AbstractContextManager:
+        """Makes the layout the active one."""
+        return sharding.use(*self.where) if self.where else contextlib.nullcontext()
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Host arrays, whole on every device of the layout."""
+        return sharding.replicate(tree, self.where[1]) if self.where else jax.tree.map(jnp.asarray, tree)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has this model."""
+        return (self.folder / name / checkpoint.SUBDIR).is_dir()
+
+    def tokens(self, name: str, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask by a tokenizer of transformers, from its files alone: padded and cut to `length`."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / name} holds no tokenizer that transformers can read: {error}") from error
+        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
+
+    def module(self, config: Mapping[str, Any], name: str, **changed: Any) -> nn.Module:
+        """Our module of a published config, with some fields changed."""
+        cls, *_ = reader(config, self.folder / name)
+        own = fields(config, self.folder / name) | changed
+        if "attention" in cls.__dataclass_fields__ and self.where:
+            own["attention"] = self.where[0].attention()
+        return cls(**own, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def model(self, name: str, **changed: Any) -> Iterator[tuple[nn.Module, PyTree, dict[str, Any]]]:
+        """What `read` gives; the parameters are gone after it."""
+        module, params, meta = self.read(name, **changed)
+        try:
+            yield module, params, meta
+        finally:
+            for leaf in jax.tree.leaves(params):
+                leaf.delete()
+
+    def read(self, name: str, **changed: Any) -> tuple[nn.Module, PyTree, dict[str, Any]]:
+        """(module with some fields changed, its parameters, its checkpoint's meta).
+
+        With fewer `blocks` than were published the first of them are taken. A model that was finetuned is read from
+        its run; adapters are merged.
+        """
+        meta = checkpoint.meta(self.folder / name)
+        module = self.module(meta["published"], name, **changed)
+        boxed = abstract(module, reader(meta["published"], self.folder / name)[1])
+        tuned = self.tuned if self.tuned and self.tuned.component == name else None
+        if tuned is None:
+            return module, self._read(self.folder / name, "ema", boxed), meta
+        if tuned.lora is None:
+            return module, self._read(tuned.run, tuned.weights, boxed), meta
+        born = functools.partial(lora.born, boxed, tuned.lora.rank, tuned.lora.targets)
+        own = self._read(tuned.run, tuned.weights, jax.eval_shape(born, jax.random.key(0)))
+        params = self._read(self.folder / name, "ema", boxed)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+        merge = jax.jit(lambda p, own: lora.merged(p, lora.scaled(own, tuned.lora.scale)), out_shardings=placed)
+        return module, merge(params, own), meta
+
+    def _read(self, path: Path, item: str, boxed: PyTree) -> PyTree:
+        """The leaves of a checkpoint's only model that `boxed` names, each in its place."""
+
+        def place(_: dict[str, Any], stored: PyTree) -> PyTree:
+            ((kind, stored),) = stored[item].items()
+            wanted = jax.tree.map(self._placed, boxed, _within(stored, boxed), is_leaf=_is_box)
+            return {item: {kind: wanted}}
+
+        tree, _, _ = checkpoint.load(path, items=(item,), place=place)
+        (params,) = tree[item].values()
+        return jax.tree.map(_first, params, sharding.unboxed(boxed))
+
+    def _placed(self, box: Any, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if self.where is None:
+            return stored
+        layout, mesh = self.where
+        spec = layout.spec(box.names, stored.shape, mesh)
+        return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, sharding.Named)
+
+
+def _within(stored: PyTree, wanted: PyTree) -> PyTree:
+    """What of a nested dict another one names."""
+    if _is_box(wanted):
+        return stored
+    return {key: _within(stored[key], inner) for key, inner in wanted.items()}
+
+
+def _first(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """The first layers of a leaf that has more."""
+    if leaf.shape == wanted.shape:
+        return leaf
+    few = jax.jit(lambda x: x[: wanted.shape[0]], out_shardings=leaf.sharding)(leaf)
+    leaf.delete()
+    return few

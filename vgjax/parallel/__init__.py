@@ -1,0 +1,1 @@
+"""Layouts, shardings, several processes."""
