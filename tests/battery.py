@@ -72,6 +72,18 @@ def bf16_is_near_fp32(model, params: PyTree, *inputs, distance: float = 0.05) ->
         assert 0 < error < distance, f"bf16 is {float(error):.3f} away from fp32"
 
 
+def a_stream_in_fp32_keeps_deep_models_exact(model, *inputs) -> None:
+    """Rounded to bf16 at every block, the stream's own error is most of a deep model's."""
+    params = perturbed(model, *inputs)
+    exact = jax.jit(model.apply)({"params": params}, *inputs)
+
+    def error(stream):
+        half = model.clone(dtype=jnp.bfloat16, stream=stream)
+        return jnp.linalg.norm(jax.jit(half.apply)({"params": params}, *inputs) - exact) / jnp.linalg.norm(exact)
+
+    assert error(jnp.float32) < 0.75 * error(jnp.bfloat16)
+
+
 def value_and_gradients(attention, q, k, v) -> tuple[jax.Array, ...]:
     """(o, dq, dk, dv) of an attention under one random cotangent."""
     target = jax.random.normal(jax.random.key(9), q.shape)

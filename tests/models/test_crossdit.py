@@ -128,6 +128,11 @@ def test_bf16_is_near_fp32(params):
     battery.bf16_is_near_fp32(MODEL, params, *inputs())
 
 
+def test_the_residual_stream_is_fp32_which_keeps_deep_models_exact():
+    battery.a_stream_in_fp32_keeps_deep_models_exact(MODEL.clone(blocks=36), *inputs())
+    assert MODEL.stream == jnp.float32
+
+
 def test_a_masked_token_is_never_read_and_a_time_for_all_frames_is_one_for_each(apply):
     x, t, c, _ = inputs()
     mask = jnp.arange(5)[None] < jnp.array([[3], [5]])

@@ -75,6 +75,10 @@ def test_bf16_is_near_fp32(params):
     battery.bf16_is_near_fp32(MODEL, params, *inputs())
 
 
+def test_a_residual_stream_in_fp32_keeps_deep_models_exact():
+    battery.a_stream_in_fp32_keeps_deep_models_exact(MODEL.clone(double_blocks=12, single_blocks=24), *inputs())
+
+
 def test_a_padded_prompt_equals_an_unpadded_one(apply):
     x, t, c, mask, vec, guidance = inputs()
     short = apply(x[1:], t[1:], c[1:, :2], mask[1:, :2], vec[1:], guidance[1:])

@@ -48,8 +48,8 @@ class CrossDiT(nn.Module):
     """`CrossDiT(**SIZES["wan2.1-t2v-1.3b"])`: velocity of latents, fp32.
 
     inner: hidden units of the MLP. channels: of the latents; conditions: channels that stand behind them in the input
-    and are not predicted. image_dim: width of an image's tokens, 0 for none. rope_dims, theta, remat, scan, dtype: as
-    in MMDiT.
+    and are not predicted. image_dim: width of an image's tokens, 0 for none. rope_dims, theta, remat, scan, dtype,
+    stream: as in MMDiT; the stream is fp32, as in the authors' code.
     """
 
     dim: int
@@ -67,6 +67,7 @@ class CrossDiT(nn.Module):
     scan: bool = True
     attention: Any = Full()
     dtype: Dtype = jnp.float32
+    stream: Dtype | None = jnp.float32
 
     guidance = False  # no model of the family is told a scale
 
@@ -118,7 +119,8 @@ class CrossDiT(nn.Module):
         x, places, of_x, of_t = map(fill, (x, places, of_x, of_t))
         time = ScalarEmbed(self.dim, name="time")(t)
         condition = Linear(6 * self.dim, ("embed", "mlp"), name="modulation")(jax.nn.silu(time))
-        x = shard(Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(x), "batch", "tokens", None)
+        x = Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(x)
+        x = shard(x.astype(self.stream or self.dtype), "batch", "tokens", None)
         c = MLP(self.dim, self.dim, dtype=self.dtype, name="text")(c)
         seen = [(c, Segments(of_x, of_c))]
         if self.image_dim:

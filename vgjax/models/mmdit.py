@@ -71,7 +71,9 @@ class MMDiT(nn.Module):
     channels, text_dim, pooled_dim: widths of the latents, of the text tokens and of the pooled text vector.
     rope_dims, theta: channels of a head for t, h, w (None: like 16, 56, 56 of 128) and the period of the slowest.
     guidance: embed the scale of a guidance-distilled model. remat, scan: see `nn.stack`.
-    dtype: of the matmuls; norms, modulation, gates and softmax are fp32.
+    dtype: of the matmuls; norms, modulation, gates and softmax are fp32. stream: type of the residual stream between
+    blocks (None: `dtype`, as HunyuanVideo is published); fp32 halves the error of deep models in bf16 and doubles what
+    is kept of every block for the backward pass (benchmarks/residual.py).
     """
 
     dim: int
@@ -92,6 +94,7 @@ class MMDiT(nn.Module):
     scan: bool = True
     attention: Any = Full()
     dtype: Dtype = jnp.float32
+    stream: Dtype | None = None
 
     def __call__(
         self,
@@ -142,7 +145,7 @@ class MMDiT(nn.Module):
         c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, of_c, t)
         if self.absolute:
             x = x + Linear(self.dim, (None, "embed"), dtype=self.dtype, name="places")(rope.waves(places, 16))
-        x, c = shard(x, "batch", "tokens", None), shard(c, "batch", "tokens", None)
+        x, c = (shard(y.astype(self.stream or self.dtype), "batch", "tokens", None) for y in (x, c))
         ids = join(places, jnp.zeros((len(places), text, 3), places.dtype))
         turn = rope.rotation(ids, self._rope_dims(), self.theta)
         samples = join(of_x, of_c)
