@@ -24,8 +24,8 @@ import ml_dtypes
 import numpy as np
 from record import ROOT, write
 
-from vgjax.models import crossdit
 from vgjax.open import folders, tables
+from vgjax.open.published import crossdit
 from vgjax.open.store import abstract
 from vgjax.parallel import sharding
 

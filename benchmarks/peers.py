@@ -28,8 +28,8 @@ from einops import rearrange
 from flax import linen as nn
 from record import write
 
-from vgjax.models import crossdit, hunyuan_vae, mmdit, wan_vae
 from vgjax.open import tables
+from vgjax.open.published import crossdit, hunyuan_vae, mmdit, wan_vae
 from vgjax.parallel.sharding import platform, unboxed
 
 BOUND = {"float32": 1e-4, "bfloat16": 0.3}

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "parallel.layouts": {"errors", "attention"},
     "nn": GROUND,
     "attention": GROUND,
-    "models": GROUND | {"nn", "attention", "open.tables"},
+    "models": GROUND | {"nn", "attention"},
     "flow": {"errors", "typing"},
     "losses": {"typing"},
     "metrics": {"errors", "typing", "data"},

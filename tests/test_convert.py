@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from vgjax import convert
 from vgjax.errors import USER, UserError
-from vgjax.models import crossdit
 from vgjax.open import tables
 from vgjax.open.folders import write
+from vgjax.open.published import crossdit
 from vgjax.open.store import abstract
 from vgjax.parallel import sharding
 from vgjax.training import checkpoint

@@ -9,8 +9,9 @@ import pytest
 from einops import rearrange
 
 from vgjax.errors import UserError
-from vgjax.models.clip import IGNORED, SIZES, CLIPText, CLIPVision, weights
+from vgjax.models.clip import SIZES, CLIPText, CLIPVision
 from vgjax.open import tables
+from vgjax.open.published.clip import IGNORED, weights
 from vgjax.parallel.sharding import unboxed
 
 TEXT = CLIPText(vocab=31, dim=24, heads=2, inner=40, blocks=2, positions=11, act="quick_gelu")

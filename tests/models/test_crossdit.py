@@ -8,8 +8,9 @@ import parity
 import pytest
 
 from vgjax.errors import UserError
-from vgjax.models.crossdit import SIZES, CrossDiT, weights
+from vgjax.models.crossdit import SIZES, CrossDiT
 from vgjax.nn import patch
+from vgjax.open.published.crossdit import weights
 
 TINY = dict(dim=48, heads=2, inner=40, blocks=2, channels=3, text_dim=10)
 MODEL = CrossDiT(**TINY)

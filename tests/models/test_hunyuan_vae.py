@@ -16,10 +16,11 @@ from flax import linen as nn
 from vgjax.attention import full
 from vgjax.errors import UserError
 from vgjax.models import hunyuan_vae
-from vgjax.models.hunyuan_vae import SIZES, FrameAttention, HunyuanVAE, frame_causal, stats, weights
+from vgjax.models.hunyuan_vae import SIZES, FrameAttention, HunyuanVAE, frame_causal
 from vgjax.nn import codec
 from vgjax.nn.causal import CausalConv3D
 from vgjax.nn.norm import GroupNorm
+from vgjax.open.published.hunyuan_vae import stats, weights
 from vgjax.open.tables import entries
 from vgjax.parallel import layouts, sharding
 from vgjax.parallel.sharding import unboxed

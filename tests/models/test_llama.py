@@ -8,8 +8,9 @@ import parity
 import pytest
 
 from vgjax.errors import UserError
-from vgjax.models.llama import IGNORED, SIZES, Llama, weights
+from vgjax.models.llama import SIZES, Llama
 from vgjax.open import tables
+from vgjax.open.published.llama import IGNORED, weights
 from vgjax.parallel.sharding import unboxed
 
 TINY = dict(vocab=31, dim=24, heads=4, kv_heads=2, inner=40, blocks=2)

@@ -10,9 +10,10 @@ import parity
 import pytest
 
 from vgjax.errors import UserError
-from vgjax.models.mmdit import SIZES, MMDiT, weights
+from vgjax.models.mmdit import SIZES, MMDiT
 from vgjax.nn import patch
 from vgjax.nn.rope import split
+from vgjax.open.published.mmdit import weights
 
 TINY = dict(dim=24, heads=2, double_blocks=2, single_blocks=2, channels=3, text_dim=10, pooled_dim=6, refiner_blocks=2)
 MODEL = MMDiT(**TINY, guidance=True)

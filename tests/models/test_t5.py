@@ -7,8 +7,9 @@ import numpy as np
 import parity
 import pytest
 
-from vgjax.models.t5 import BUCKETS, IGNORED, REACH, SIZES, T5Encoder, buckets, weights
+from vgjax.models.t5 import BUCKETS, REACH, SIZES, T5Encoder, buckets
 from vgjax.open import tables
+from vgjax.open.published.t5 import IGNORED, weights
 from vgjax.parallel.sharding import unboxed
 
 TINY = dict(vocab=31, dim=20, heads=2, inner=40, blocks=2, head_dim=6)

@@ -11,9 +11,10 @@ import pytest
 from einops import rearrange
 
 from vgjax.errors import UserError
-from vgjax.models.wan_vae import SIZES, WanVAE, stats, weights
+from vgjax.models.wan_vae import SIZES, WanVAE
 from vgjax.nn import codec
 from vgjax.open import tables
+from vgjax.open.published.wan_vae import stats, weights
 from vgjax.parallel import layouts, sharding
 
 # Each with the video (batch, frames, height, width) that it is compared on.

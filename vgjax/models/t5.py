@@ -4,11 +4,9 @@ Pre-norm blocks without biases; attention is unscaled and knows order by a learn
 logarithmic buckets, which all blocks share (T5, ByT5) or each has its own (umT5).
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -19,7 +17,6 @@ from vgjax.nn.heads import Heads, Merge
 from vgjax.nn.mlp import GatedMLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
-from vgjax.open.tables import Part, Table, expect, heads, linear, merge, norm
 from vgjax.parallel.sharding import named, shard
 from vgjax.typing import Array, Bool, Dtype, Float, Int
 
@@ -29,12 +26,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "byt5-small": dict(vocab=384, dim=1472, heads=6, inner=3584, blocks=12),
     "byt5-base": dict(vocab=384, dim=1536, heads=12, inner=3968, blocks=18),
 }
-# What a file may hold beyond the tensors of the encoder.
-IGNORED: tuple[str, ...] = (
-    "encoder.embed_tokens.",  # the same numbers as shared.weight, which is read
-    "decoder.",  # of whole T5s
-    "lm_head.",
-)
 BUCKETS = 32  # of distances: half look back, half ahead; of each, half hold one distance alone
 REACH = 128  # from this distance on all fall into the last bucket
 
@@ -112,40 +103,3 @@ def buckets(length: int) -> np.ndarray:
     wide = exact * (REACH / exact) ** (np.arange(half - exact) / (half - exact))
     edges = np.concatenate([np.arange(1, exact), wide])
     return np.where(distance > 0, half, 0) + np.digitize(np.abs(distance), edges)
-
-
-def inputs(model: T5Encoder) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Abstract arguments of the smallest call."""
-    return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-
-
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields, of a config.json of transformers' T5EncoderModel or UMT5EncoderModel."""
-    expect(config, feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
-    expect(config, relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=REACH)
-    return dict(
-        vocab=config["vocab_size"],
-        dim=config["d_model"],
-        heads=config["num_heads"],
-        inner=config["d_ff"],
-        blocks=config["num_layers"],
-        head_dim=config["d_kv"],
-        shared_bias=config.get("model_type") != "umt5",
-    )
-
-
-def weights(model: T5Encoder) -> Table:
-    """The tensors of transformers' T5EncoderModel, or of UMT5EncoderModel where every block has its bias."""
-    theirs, ours = "encoder.block.{}.layer", "blocks/block"
-    table: Table = {"shared.weight": Part("embedding")} | norm("encoder.final_layer_norm", "norm", bias=False)
-    first, owner = ("0", "bias") if model.shared_bias else ("{}", f"{ours}/bias")
-    of_bias = f"encoder.block.{first}.layer.0.SelfAttention.relative_attention_bias.weight"
-    table[of_bias] = Part(f"{owner}/table")
-    table |= norm(f"{theirs}.0.layer_norm", f"{ours}/norm", bias=False)
-    table |= norm(f"{theirs}.1.layer_norm", f"{ours}/norm_mlp", bias=False)
-    for at, name in enumerate("qkv"):
-        table |= heads(f"{theirs}.0.SelfAttention.{name}", f"{ours}/qkv", at, bias=False)
-    table |= merge(f"{theirs}.0.SelfAttention.o", f"{ours}/merge", bias=False)
-    for name, leaf in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-        table |= linear(f"{theirs}.1.DenseReluDense.{name}", f"{ours}/mlp/{leaf}", bias=False)
-    return table

@@ -14,26 +14,33 @@ import numpy as np
 from flax import linen as nn
 
 from vgjax.errors import UserError
-from vgjax.models import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
+from vgjax.models.clip import CLIPText, CLIPVision
+from vgjax.models.crossdit import CrossDiT
+from vgjax.models.hunyuan_vae import HunyuanVAE
+from vgjax.models.llama import Llama
+from vgjax.models.mmdit import MMDiT
+from vgjax.models.t5 import T5Encoder
+from vgjax.models.wan_vae import WanVAE
 from vgjax.nn import lora
 from vgjax.objectives.finetune import Lora
 from vgjax.open import folders
+from vgjax.open.published import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
 from vgjax.parallel import sharding
 from vgjax.training import checkpoint
 from vgjax.typing import Dtype, PyTree
 
 INDEX = "model_index.json"
-# class of a config.json: (our module, its file, stem of its safetensors)
+# class of a config.json: (our module, the file of its names, stem of its safetensors)
 READERS: dict[str, tuple[type[nn.Module], ModuleType, str]] = {
-    "HunyuanVideoTransformer3DModel": (mmdit.MMDiT, mmdit, "diffusion_pytorch_model"),
-    "WanTransformer3DModel": (crossdit.CrossDiT, crossdit, "diffusion_pytorch_model"),
-    "AutoencoderKLHunyuanVideo": (hunyuan_vae.HunyuanVAE, hunyuan_vae, "diffusion_pytorch_model"),
-    "AutoencoderKLWan": (wan_vae.WanVAE, wan_vae, "diffusion_pytorch_model"),
-    "LlamaModel": (llama.Llama, llama, "model"),
-    "CLIPTextModel": (clip.CLIPText, clip, "model"),
-    "CLIPVisionModel": (clip.CLIPVision, clip, "model"),
-    "T5EncoderModel": (t5.T5Encoder, t5, "model"),
-    "UMT5EncoderModel": (t5.T5Encoder, t5, "model"),
+    "HunyuanVideoTransformer3DModel": (MMDiT, mmdit, "diffusion_pytorch_model"),
+    "WanTransformer3DModel": (CrossDiT, crossdit, "diffusion_pytorch_model"),
+    "AutoencoderKLHunyuanVideo": (HunyuanVAE, hunyuan_vae, "diffusion_pytorch_model"),
+    "AutoencoderKLWan": (WanVAE, wan_vae, "diffusion_pytorch_model"),
+    "LlamaModel": (Llama, llama, "model"),
+    "CLIPTextModel": (CLIPText, clip, "model"),
+    "CLIPVisionModel": (CLIPVision, clip, "model"),
+    "T5EncoderModel": (T5Encoder, t5, "model"),
+    "UMT5EncoderModel": (T5Encoder, t5, "model"),
 }
 
 
@@ -46,7 +53,7 @@ def reader(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], Mod
 
 
 def of_model(module: nn.Module) -> ModuleType:
-    """The file that a published module is written in."""
+    """The file of a published module's names."""
     return next(file for known, file, _ in READERS.values() if known is type(module))
 
 
