@@ -81,8 +81,8 @@ class Scripted:
             os._exit(0)
         elif record in self.bad and self.act == "sleep":
             time.sleep(1000)
-        elif record in self.bad and self.act:
-            raise UserError(self.act)
+        elif record in self.bad and self.act == "odd":
+            raise KeyError("odd")
         elif record in self.bad:
             raise Unreadable(f"record {record} is rotten")
         return np.full((1, 1, 1, 1), record, np.float32), f"{record}"
@@ -264,8 +264,24 @@ def test_a_stuck_worker_is_named_within_the_time_limit_and_killed(folder):
         time.sleep(0.1)
 
 
+def test_a_record_that_never_comes_is_bad_and_replaced():
+    stream = batches(Scripted(10, bad=(0,), act="sleep"), **OPTIONS, timeout_s=2)
+    assert 0 not in np.concatenate([batch["id"] for batch in take(stream, 5)])
+    assert stream.bad.entries() == {"scripted/0": "takes longer than 0.5 s to read"}
+    (stuck,) = examples(Scripted(1, bad=(0,), act="sleep"), timeout_s=1)
+    assert stuck.reason == "takes longer than 0.25 s to read"
+
+
+def test_whatever_a_reader_raises_is_one_bad_record():
+    stream = batches(Scripted(10, bad=(0,), act="odd"), **OPTIONS)
+    assert 0 not in np.concatenate([batch["id"] for batch in take(stream, 5)])
+    assert stream.bad.entries() == {"scripted/0": "can't be read: KeyError: 'odd'"}
+    (odd,) = examples(Scripted(1, bad=(0,), act="odd"))
+    assert odd.reason == "can't be read: KeyError: 'odd'"
+
+
 def test_a_stuck_thread_ends_in_an_error_too():
-    stream = batches(Scripted(10, bad=(0,), act="sleep"), **OPTIONS, timeout_s=1)
+    stream = batches(Scripted(10, bad=range(10), act="sleep"), **OPTIONS, timeout_s=1, max_bad=1)
     with pytest.raises(LoaderError, match="did not come from thread \d within 1 s"):
         take(stream, 10)
 

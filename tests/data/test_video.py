@@ -14,12 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vgjax.data import decode
-from vgjax.data.decode import Timeline, Unreadable, read_clip, timeline
-from vgjax.data.video import contact_sheet, write_mp4
+from vgjax.data.decode import Timeline, TooSlow, Unreadable, read_clip, timeline
+from vgjax.data.video import contact_sheet, read_image, write_mp4
 from vgjax.errors import UserError
 
 DATA = Path(__file__).parents[2] / "../shared/data"
-CLIPS = [path for path in sorted(DATA.glob("*/*.m*")) if path.name != "corrupted.mp4"]
+ODD = ("corrupted.mp4", "cp1251_handler.mov")
+CLIPS = [path for path in sorted(DATA.glob("*/*.m*")) if path.suffix in decode.VIDEOS and path.name not in ODD]
+
+
+def cases(*names):
+    return [path for path in (DATA / "cases" / name for name in names) if path.exists()]
 
 
 def psnr(a, b):
@@ -156,6 +161,56 @@ def test_real_files_give_the_frames_that_decoding_everything_in_order_gives(path
         fit = decode._Fit((48, 64), rng)
         assert clip.shape == (frames, 48, 64, 3)
         assert all(np.array_equal(image, fit(every[i][1], ratio)) for image, i in zip(clip, picks, strict=True))
+
+
+@pytest.mark.parametrize("path", cases("latin1_title.avi", "cp1251_handler.mov"), ids=lambda path: path.name)
+def test_a_file_whose_tags_are_not_utf8_is_read(path):
+    assert read_clip(path, 60, (32, 32)).std() > 0
+
+
+def test_tags_in_any_encoding_do_not_keep_a_file_from_being_read(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "TITLE"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height = stream.width = 32
+        for image in counting(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"TITLE", b"caf\xe9 "))
+    assert numbers(read_clip(path, 3, (32, 32))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("odd"), UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), MemoryError()]
+)
+def test_whatever_a_decoder_raises_makes_the_file_unreadable(tmp_path, monkeypatch, error):
+    path = encode(tmp_path / "a.mp4", counting(3), [0, 40, 80])
+
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr(decode, "_decode", broken)
+    with pytest.raises(Unreadable, match="can't be read: ."):
+        read_clip(path, 2, (32, 32))
+
+
+def test_an_endless_file_is_given_up_between_its_packets(tmp_path):
+    for name, of in {"a.avi": {"codec": "mpeg4"}, "a.mp4": {}}.items():
+        path = encode(tmp_path / name, counting(9), 40 * np.arange(9), **of)
+        with pytest.raises(TooSlow):
+            read_clip(path, 2, (32, 32), seconds=0)
+        assert len(read_clip(path, 2, (32, 32), seconds=60)) == 2
+
+
+@pytest.mark.parametrize("path", cases("editlist_a.mp4", "editlist_b.mp4"), ids=lambda path: path.name)
+def test_a_clip_cut_without_encoding_is_read_from_the_first_frame_that_is_shown(path):
+    with av.open(str(path)) as container:
+        shown = [frame.pts for frame in container.decode(video=0)]
+    assert line_of(path).pts.tolist() == shown
+    count, luma = {"editlist_a.mp4": (92, 109), "editlist_b.mp4": (122, 25)}[path.name]
+    clip = read_clip(path, count, (32, 32))
+    assert len(shown) == count and abs(clip[0].mean() - luma) < 25 and clip[-1].mean() > clip[0].mean()
 
 
 @pytest.mark.parametrize("path", list(DATA.glob("odd/corrupted.mp4")), ids=lambda path: path.name)
@@ -318,6 +373,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(discs(1, 32, 64)[0]).save(tmp_path / "a.jpg", exif=exif, quality=95)
     assert psnr(read_clip(tmp_path / "a.jpg", 1, (64, 32))[0], np.rot90(discs(1, 32, 64)[0], -1)) > 25
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), read_clip(tmp_path / "a.jpg", 1, (64, 32))[0])
 
 
 @pytest.mark.parametrize(

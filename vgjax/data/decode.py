@@ -8,10 +8,12 @@ sources that matter deserve a checksum.
 """
 
 import functools
+import math
 import os
-import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,9 @@ import av
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float64, Int64, UInt8
-from PIL import Image, ImageOps
 
-from vgjax.data.video import BT709, SCALING
+from vgjax.data.storage import reason
+from vgjax.data.video import BT709, SCALING, read_image
 from vgjax.errors import UserError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -44,10 +46,16 @@ VIDEOS = (
 
 UNSPECIFIED = 2  # H.273 code of an untagged colour matrix
 SLACK = 1e-3  # seconds; Matroska rounds time stamps to milliseconds
+# Until when (time.monotonic) this thread may read; no argument, because a cached Timeline does not depend on it.
+DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
 
 
 class Unreadable(UserError):
     """A file that gives no clip, with the true reason."""
+
+
+class TooSlow(Unreadable):
+    """A file that takes longer to read than it may."""
 
 
 @dataclass(frozen=True)
@@ -95,45 +103,61 @@ def read_clip(
     size: tuple[int, int],
     fps: float | int | None = None,
     rng: np.random.Generator | None = None,
+    seconds: float | int | None = None,
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Reads `frames` frames at `fps`, the shorter side resized to fit `size` (height, width) and the rest cropped.
 
     With `rng` the window and the crop are random, without it the window is the first and the crop central. An image is
-    a video of one frame. Raises Unreadable with the reason; a file damaged in one place still gives the windows that
-    decode.
+    a video of one frame. Raises Unreadable with the reason, whatever the decoder raised, and TooSlow after `seconds`,
+    looked at between packets; a file damaged in one place still gives the windows that decode.
     """
     path = Path(path)
+    before = DEADLINE.set(math.inf if seconds is None else time.monotonic() + seconds)
     try:
         if path.suffix.lower() in IMAGES:
             if frames != 1:
                 raise Unreadable(f"too short: {frames} frames needed, an image has 1")
             fit = _Fit(size, rng)
-            return rearrange(fit(_image(path)), "h w c -> 1 h w c")
+            image = av.VideoFrame.from_ndarray(read_image(path), format="rgb24")
+            return rearrange(fit(image), "h w c -> 1 h w c")
         stat = os.stat(path)
         line = timeline(str(path), stat.st_mtime_ns, stat.st_size)
         wanted = line.pts[line.window(frames, fps, rng)].tolist()
         return _decode(path, line, wanted, _Fit(size, rng))
-    except (av.error.FFmpegError, OSError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"can't be read: {_said(error)}") from error
+    except Unreadable:
+        raise
+    except Exception as error:  # broken files find many ways to fail, and each is that file's fault alone
+        _in_time()
+        raise Unreadable(f"can't be read: {reason(error)}") from error
+    finally:
+        DEADLINE.reset(before)
+
+
+def _in_time() -> None:
+    if time.monotonic() > DEADLINE.get():
+        raise TooSlow("takes too long to read")
 
 
 @functools.lru_cache(maxsize=4096)
 def timeline(path: str, modified_ns: int, size: int) -> Timeline:
     """The Timeline of a file; kept in memory for as long as its time of modification and size stay what they are."""
     with _open(path) as (container, stream):
-        packets = [(p.pts, p.is_keyframe, p.duration) for p in container.demux(stream) if p.size and not p.is_discard]
+        packets = [(p.pts, p.is_keyframe, p.duration, p.is_discard) for p in _packets(container, stream) if p.size]
         base, rate = stream.time_base, float(stream.average_rate or stream.guessed_rate or 25)
-    if packets and all(pts is not None for pts, _, _ in packets):
-        first = next((pts for pts, key, _ in packets if key), packets[0][0])  # nothing decodes before a keyframe
-        durations = {pts: duration for pts, _, duration in packets if pts >= first}
+    if packets and all(pts is not None for pts, *_ in packets):
+        # Nothing decodes before a keyframe, which an edit list may hide: it is decoded and not shown.
+        first = next((pts for pts, key, *_ in packets if key), packets[0][0])
+        durations = {pts: duration for pts, _, duration, hidden in packets if pts >= first and not hidden}
+        if not durations:
+            raise Unreadable("has no frames that are shown")
         pts = np.array(sorted(durations), np.int64)
-        keys = np.array(sorted(pts for pts, key, _ in packets if key), np.int64)
+        keys = np.array(sorted(pts for pts, key, *_ in packets if key), np.int64)
         times = (pts - pts[0]) * float(base)
         last = float((durations[pts[-1]] or 0) * base) or (np.median(np.diff(times)) if len(times) > 1 else 1 / rate)
         return Timeline(times, pts, keys, float(times[-1] + last), True)
     # AVI and raw streams carry no presentation times: only decoding tells how many frames there are.
     with _open(path) as (container, stream):
-        count = sum(1 for _ in container.decode(stream))
+        count = sum(len(packet.decode()) for packet in _packets(container, stream))
     if count == 0:
         raise Unreadable("has no frames")
     return Timeline(np.arange(count) / rate, np.arange(count), np.zeros(0, np.int64), count / rate, False)
@@ -142,7 +166,11 @@ def timeline(path: str, modified_ns: int, size: int) -> Timeline:
 @contextmanager
 def _open(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a video for decoding in one thread: the loader's workers are the parallelism."""
-    with av.open(f"file:{path}") as container:  # "file:" because a colon in a name is not a protocol
+    left = DEADLINE.get() - time.monotonic()
+    # "file:" because a colon in a name is not a protocol; tags are of any encoding, and nobody reads them.
+    with av.open(
+        f"file:{path}", metadata_errors="replace", timeout=None if left == math.inf else max(left, 1e-3)
+    ) as container:
         if not container.streams.video:
             raise Unreadable("has no video stream")
         stream = container.streams.video[0]
@@ -150,6 +178,13 @@ def _open(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
             raise Unreadable("its index is damaged, or this build of FFmpeg lacks its codec")
         stream.thread_type, stream.thread_count = "NONE", 1
         yield container, stream
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of a stream, while there is time."""
+    for packet in container.demux(stream):
+        _in_time()
+        yield packet
 
 
 def _decode(path: Path, line: Timeline, wanted: list[int], fit: "_Fit") -> UInt8[np.ndarray, "t h w 3"]:
@@ -177,7 +212,8 @@ def _collect(
             ratio = float(stream.sample_aspect_ratio or 1)
             if seek is not None:
                 container.seek(seek, stream=stream, backward=True, any_frame=False)
-            for position, frame in enumerate(container.decode(stream)):
+            frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
+            for position, frame in enumerate(frames):
                 stamp = frame.pts if line.stamped else position
                 if frame.is_corrupt:
                     return found, last, "the next frame is corrupt"
@@ -187,7 +223,8 @@ def _collect(
                         break
                 last = stamp
     except av.error.FFmpegError as error:
-        return found, last, _said(error)
+        _in_time()
+        return found, last, reason(error)
     return found, last, "the stream ends there"
 
 
@@ -231,16 +268,3 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
             turned = abs(b) > abs(a)
             return (True, b < 0, c < 0) if turned else (False, d < 0, a < 0)
     return False, False, False
-
-
-def _image(path: Path) -> av.VideoFrame:
-    try:
-        with Image.open(path) as image:  # the first frame of an animation
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow says of broken images
-        raise Unreadable(f"can't be read: {_said(error)}") from error
-    return av.VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")
-
-
-def _said(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -24,7 +24,7 @@ from absl import flags
 
 from vgjax.data.decode import Unreadable
 from vgjax.data.embeddings import Embeddings
-from vgjax.data.sources import Clip, Source
+from vgjax.data.sources import Clip, Source, read
 from vgjax.data.text import Bytes, Words
 from vgjax.data.transforms import BadFiles, Load, names
 from vgjax.errors import LoaderError, UserError
@@ -32,6 +32,7 @@ from vgjax.errors import LoaderError, UserError
 Batch = dict[str, np.ndarray]
 ONE_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
 IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+SHARE = 1 / 4  # of the time for a batch that one record may take: a slow file is then replaced, and the batch comes
 GRACE_S = 3.0  # for workers to finish their batch and free shared memory before they are killed
 
 
@@ -59,7 +60,8 @@ def batches(
     `frames`, `size` (height, width) and `fps` are for videos; latents are what they are. With `workers` each batch is
     loaded in one of as many processes, otherwise in `threads` of this one. A record that can't be used is replaced by
     the next one and listed in `bad_files`; more than `max_bad` of the source raises UserError. A worker that dies is
-    restarted, once a batch; then, or when no batch comes for `timeout_s` seconds, LoaderError names it.
+    restarted, once a batch; then, or when no batch comes for `timeout_s` seconds, LoaderError names it. A record that
+    takes a quarter of that is bad.
     """
     for name, value in {
         "batch": batch,
@@ -82,7 +84,7 @@ def batches(
     for file, reason in source.skipped:
         bad.add(file, reason)
     bad.check(max_bad)
-    load = Load(source, Clip(frames, size, fps), tokenizer, drop_caption, seed, bad, max_bad)
+    load = Load(source, Clip(frames, size, fps, timeout_s * SHARE), tokenizer, drop_caption, seed, bad, max_bad)
     # Batched before it becomes an iterator: batching after it loses batches under mp_prefetch.
     first, end = rows or (0, batch)
     if not 0 <= first < end <= batch:
@@ -285,12 +287,12 @@ def examples(
 ) -> Iterator[Example]:
     """Every record once, in order: first window, centre crop, full caption. Bad ones come with their reason.
 
-    What the source skipped comes first, with id -1. Raises LoaderError when a record takes longer than `timeout_s`.
+    What the source skipped comes first, with id -1. A record that takes longer than a quarter of `timeout_s` is bad.
     """
     _parse_flags()
     for file, reason in source.skipped:
         yield Example(-1, file, "", None, reason)
-    load = functools.partial(_example, source, Clip(frames, size, fps))
+    load = functools.partial(_example, source, Clip(frames, size, fps, timeout_s * SHARE))
     stream = _Stream(grain.MapDataset.range(len(source)).map(load), 0, 0, threads)
     try:
         for step in range(len(source)):
@@ -304,7 +306,7 @@ def examples(
 
 def _example(source: Source, clip: Clip, record: int) -> Example:
     try:
-        array, caption = source.load(int(record), clip, None)
+        array, caption = read(source, int(record), clip, None)
         return Example(int(record), source.name(int(record)), caption, array, None)
     except Unreadable as error:
         return Example(int(record), source.name(int(record)), "", None, str(error))

@@ -6,8 +6,10 @@ knows to be useless are in `skipped`, with their reasons; what turns out bad on 
 
 import json
 import os
+import queue
 import shutil
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from vgjax.data.decode import IMAGES, VIDEOS, Unreadable, read_clip
+from vgjax.data.decode import IMAGES, VIDEOS, TooSlow, Unreadable, read_clip
 from vgjax.data.embeddings import EmbeddingWriter, Text
+from vgjax.data.storage import reason
 from vgjax.errors import UserError
 
 
@@ -30,11 +33,15 @@ class Bad(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """The part of a video to read: frames, (height, width) in pixels, frames per second (None: every frame)."""
+    """The part of a video to read: frames, (height, width) in pixels, frames per second (None: every frame).
+
+    Reading it may take `seconds`, if given.
+    """
 
     frames: int
     size: tuple[int, int]
     fps: float | int | None = None
+    seconds: float | int | None = None
 
 
 @runtime_checkable
@@ -52,6 +59,34 @@ class Source(Protocol):
 
     def load(self, record: int, clip: Clip | None, rng: np.random.Generator | None) -> tuple[np.ndarray, str]:
         """The array and the caption of a record; raises Unreadable."""
+
+
+def read(source: Source, record: int, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, str]:
+    """`source.load`, whose every failure is Unreadable and that takes no longer than `clip.seconds`: then TooSlow.
+
+    It runs in a thread of its own, left behind when it is late: nothing else can end a call that hangs in the storage
+    or in the decoder. A decoder that still gets packets looks at its deadline and ends by itself.
+    """
+    results: queue.SimpleQueue = queue.SimpleQueue()
+
+    def load() -> None:
+        try:
+            results.put(source.load(record, clip, rng))
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=load, daemon=True).start()
+    try:
+        result = results.get(timeout=clip.seconds)
+    except queue.Empty:
+        result = TooSlow()
+    if isinstance(result, TooSlow):
+        raise TooSlow(f"takes longer than {clip.seconds:g} s to read") from None
+    if isinstance(result, Unreadable):
+        raise result
+    if isinstance(result, Exception):
+        raise Unreadable(f"can't be read: {type(result).__name__}: {reason(result)}") from result
+    return result
 
 
 class Folder:
@@ -101,7 +136,7 @@ class Folder:
 
     def load(self, record: int, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, str]:
         file, caption = self.records[record]
-        return read_clip(file, clip.frames, clip.size, clip.fps, rng), caption
+        return read_clip(file, clip.frames, clip.size, clip.fps, rng, clip.seconds), caption
 
 
 def _visible(file: Path) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from vgjax.data.decode import Unreadable
 from vgjax.data.embeddings import Embeddings
-from vgjax.data.sources import Clip, Source
+from vgjax.data.sources import Clip, Source, read
 from vgjax.data.text import Bytes, Words
 from vgjax.errors import UserError
 
@@ -102,7 +102,7 @@ class Load(Map):
     """
 
     source: Source
-    clip: Clip | None
+    clip: Clip
     tokenizer: Bytes | Words | Embeddings
     drop_caption: float | int
     seed: int
@@ -118,7 +118,7 @@ class Load(Map):
             number = (first + attempt) % count
             rng = np.random.default_rng((self.seed, READ, index, attempt))
             try:
-                array, caption = self.source.load(number, self.clip, rng)
+                array, caption = read(self.source, number, self.clip, rng)
             except Unreadable as error:
                 self.bad.add(self.source.name(number), str(error))
                 self.bad.check(self.max_bad)

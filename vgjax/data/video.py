@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vgjax.errors import UserError
 
@@ -112,11 +112,11 @@ def _whole_file(path: str | Path) -> Iterator[str]:
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture in any format that Pillow reads, or a `UserError`."""
+    """A picture in any format that Pillow reads, upright as its EXIF says, or a `UserError`."""
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except Exception as error:  # Pillow's readers raise what they like on broken files, SyntaxError included
         raise UserError(f"{path} cannot be read as a picture ({error}): give a PNG or JPEG") from error
 
 
