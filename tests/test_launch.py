@@ -151,7 +151,7 @@ def test_the_compiler_knows_every_gpu_flag():
 
 def test_the_compiler_knows_every_tpu_flag():
     flags = " ".join(value for _, name, value, _ in FLAGS if name == "LIBTPU_INIT_ARGS")
-    code = "from vgjax import topology; topology.environment(); print(len(topology.find('v5e:2x2').devices))"
+    code = "from vgjax.planner import topology; topology.environment(); print(len(topology.find('v5e:2x2').devices))"
     for asked, knows in ((flags, True), (flags + " --xla_tpu_no_such_flag=true", False)):
         environment = os.environ | {"LIBTPU_INIT_ARGS": asked}
         ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
