@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vgjax import experiment
 from vgjax.data.pipeline import Example, examples
-from vgjax.data.sources import Folder, Latents, LatentWriter
+from vgjax.data.sources import Clip, Folder, Latents, LatentWriter, summary
 from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, door
 from vgjax.objectives.vae import from_uint8
@@ -122,7 +122,8 @@ def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path,
             )
         return
     by.check(data.frames, tuple(data.size))
-    bad, captions = BadFiles(bad_files, names(source)), []
+    bad = BadFiles(bad_files, names(source), Clip(data.frames, tuple(data.size), data.fps).settings)
+    captions = []
     with LatentWriter(out, made_by) as writer:
         with by.encoder() as (batch, encode):
             for group in _groups(_readable(source, data, bad), batch):
@@ -140,7 +141,7 @@ def _readable(source: Folder, data: ConfigDict, bad: BadFiles) -> Iterator[Examp
         if example.reason is None:
             yield example
         else:
-            bad.add(example.file, example.reason)
+            bad.add(example.file, example.reason, "skipped" if example.id < 0 else "")
 
 
 def _groups(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
@@ -168,7 +169,9 @@ def main(argv: list[str]) -> None:
         by, data = Trained(experiment.model("config.model", config.model, dtype), frozen), config.data
     given = {"frames": args.frames, "size": program.size_of(args.size), "fps": args.fps}
     data.update({key: value for key, value in given.items() if value is not None})
-    ensure(Folder(Path(args.data)), data, by, out, out.with_suffix(".bad_files.jsonl"))
+    source = Folder(Path(args.data))
+    print(summary(source), flush=True)
+    ensure(source, data, by, out, out.with_suffix(".bad_files.jsonl"))
 
 
 def published(folder: Path, where: tuple[Any, Any] | None = None) -> tuple[Published, ConfigDict]:

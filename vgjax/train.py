@@ -20,7 +20,7 @@ import numpy as np
 from vgjax import encode, evaluate, experiment
 from vgjax.data import pipeline
 from vgjax.data.embeddings import Embeddings
-from vgjax.data.sources import Latents
+from vgjax.data.sources import Latents, summary
 from vgjax.data.storage import alone, writing
 from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
@@ -163,7 +163,6 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
     # 2. What to show while it runs.
     log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract, frozen))
-    bad = BadFiles(how["bad_files"])
     count = state.parameter_count(abstract.params)
     log.event(start, "start", f"{count:,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
     watch = Watch(plan.max_dropped, log)
@@ -176,6 +175,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
     # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
     dog, own = distributed.Watchdog(plan.watchdog), pipeline.batches(source, **how, start_step=start, rows=rows)
+    bad = BadFiles(how["bad_files"], settings=own.bad.settings)
     with log, contextlib.closing(own) as batches, checkpoints:
         for number in range(start + 1, plan.steps + 1):
             with log.waiting():
@@ -242,6 +242,7 @@ def open_data(
     """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
     config, data = built.config, experiment.data_of(built.config)
     source = experiment.source(config)
+    distributed.say(summary(source))
     bad = workdir / f"bad_files{jax.process_index() or ''}.jsonl"
     how = {
         "seed": config.seed,

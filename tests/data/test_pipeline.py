@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vgjax.data import transforms
 from vgjax.data.decode import Unreadable
 from vgjax.data.pipeline import _pids, batches, examples
 from vgjax.data.sources import Bad, Folder, Latents, LatentWriter
@@ -222,6 +223,31 @@ def test_the_list_of_bad_files_survives_many_writers_and_a_cut_off_line(tmp_path
         BadFiles("/proc/nowhere/bad.jsonl").add("a", "b")
 
 
+def test_bad_files_of_other_settings_or_of_a_mended_folder_do_not_count(tmp_path):
+    options = OPTIONS | {"bad_files": tmp_path / "bad.jsonl"}
+    with pytest.raises(UserError, match="2 of 10 files are bad"):
+        batches(Scripted(10, skipped=("scripted/1", "scripted/2")), **options)
+    assert batches(Scripted(10), **options).bad.count == 0, "they have captions now"
+    with pytest.raises(UserError, match="2 of 10 files are bad"):
+        take(batches(Scripted(10, bad=(4, 7)), **options), 20)
+    with pytest.raises(UserError, match="2 of 10 files are bad"):
+        batches(Scripted(10), **options)
+    stream = batches(Scripted(10), **options | {"frames": 2})
+    assert stream.bad.count == 0 and len(take(stream, 5)) == 5
+    (tmp_path / "bad.jsonl").write_text('{"file": "scripted/1", "reason": "before there were settings"}\n')
+    assert batches(Scripted(10), **options).bad.count == 0
+
+
+def test_listing_many_bad_files_reads_each_line_once(tmp_path, monkeypatch):
+    read, parse = [], transforms._parse
+    monkeypatch.setattr(transforms, "_parse", lambda text: (read.append(len(text)), parse(text))[1])
+    bad = BadFiles(tmp_path / "bad.jsonl", frozenset(f"f{i}" for i in range(200)))
+    for i in range(200):
+        bad.add(f"f{i}", "r")
+        bad.check(1)
+    assert bad.count == 200 and sum(read) <= (tmp_path / "bad.jsonl").stat().st_size
+
+
 @pytest.mark.parametrize(
     "change",
     [{"batch": 0}, {"workers": -1}, {"drop_caption": 1.5}, {"max_bad": -0.1}, {"seed": -1}, {"fps": 0}, {"frames": 0}],
@@ -264,10 +290,15 @@ def test_a_stuck_worker_is_named_within_the_time_limit_and_killed(folder):
         time.sleep(0.1)
 
 
-def test_a_record_that_never_comes_is_bad_and_replaced():
+def test_a_record_that_never_comes_is_bad_and_replaced(tmp_path):
     stream = batches(Scripted(10, bad=(0,), act="sleep"), **OPTIONS, timeout_s=2)
     assert 0 not in np.concatenate([batch["id"] for batch in take(stream, 5)])
     assert stream.bad.entries() == {"scripted/0": "takes longer than 0.5 s to read"}
+    again = batches(Scripted(10, bad=(0,), act="sleep"), **OPTIONS, timeout_s=0.04, bad_files=tmp_path / "bad.jsonl")
+    assert again.bad.slow == set()
+    BadFiles(tmp_path / "bad.jsonl", settings=again.bad.settings).add("scripted/0", "slow", "slow")
+    again = batches(Scripted(10, bad=(0,), act="sleep"), **OPTIONS, timeout_s=4000, bad_files=tmp_path / "bad.jsonl")
+    assert 0 not in np.concatenate([batch["id"] for batch in take(again, 5)]), "nobody waits for it again"
     (stuck,) = examples(Scripted(1, bad=(0,), act="sleep"), timeout_s=1)
     assert stuck.reason == "takes longer than 0.25 s to read"
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vgjax.data.decode import Unreadable
-from vgjax.data.sources import Clip, Folder, Latents, LatentWriter
+from vgjax.data.sources import Clip, Folder, Latents, LatentWriter, summary
 from vgjax.errors import UserError
 
 
@@ -46,6 +46,45 @@ def test_what_cannot_be_used_is_skipped_with_the_reason(tmp_path):
     reasons = {bad.file.rsplit("/")[-1]: bad.reason for bad in source.skipped}
     assert reasons.keys() == {"gone.mp4", "mute.png", "empty.png", "binary.png"}
     assert "no such file" in reasons["gone.mp4"] and reasons["mute.png"] == "no caption"
+
+
+def test_linked_clips_and_folders_are_found_once_and_loops_end(tmp_path):
+    image(tmp_path / "store" / "a.png")
+    image(tmp_path / "store" / "deep" / "b.png")
+    home = tmp_path / "home"
+    image(home / "own" / "c.png")
+    (home / "linked").symlink_to(tmp_path / "store")
+    (home / "own" / "again").symlink_to(tmp_path / "store")
+    (home / "own" / "loop").symlink_to(home)
+    (home / "d.png").symlink_to(tmp_path / "store" / "a.png")
+    (home / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    lines = [f'{{"video": "{name}", "caption": "x"}}\n' for name in ("own/again/a.png", "linked/deep/b.png", "d.png")]
+    (home / "captions.jsonl").write_text("".join(lines))
+    (home / "own" / "c.txt").write_text("c")
+    source = Folder(home)
+    names = [source.name(i).removeprefix(f"{home}/") for i in range(len(source))]
+    assert names == ["own/again/a.png", "linked/deep/b.png", "d.png", "own/c.png"]
+    assert [source.load(i, Clip(1, (4, 4)), None)[0].mean() for i in range(4)] == [100] * 4
+    assert [bad.file for bad in source.skipped] == [str(home / "gone.png")]
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "sub/../../a.png"])
+def test_a_name_outside_of_the_folder_is_refused(tmp_path, name):
+    image(tmp_path / "clips" / "a.png")
+    (tmp_path / "clips" / "captions.jsonl").write_text(json.dumps({"video": name, "caption": "x"}))
+    with pytest.raises(UserError, match=r"captions\.jsonl:1: .*inside this folder"):
+        Folder(tmp_path / "clips")
+
+
+def test_a_summary_says_what_was_found_and_skipped_and_why(tmp_path):
+    for name in ("a.png", "b.png", "c.mp4", "mute.png", "dumb.png"):
+        image(tmp_path / "x.png")
+        (tmp_path / "x.png").rename(tmp_path / name)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert summary(Folder(tmp_path)) == f"{tmp_path}: 1 clip, 2 images; 2 skipped: no caption"
+    written(tmp_path / "set")
+    assert summary(Latents(tmp_path / "set")) == f"{tmp_path / 'set'}: 5 latents"
 
 
 @pytest.mark.parametrize(

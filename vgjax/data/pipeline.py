@@ -80,11 +80,12 @@ def batches(
             raise UserError(f"the data needs {name} in [0, 1], got {name}={value}")
     if fps is not None and fps <= 0:
         raise UserError(f"the data needs fps > 0 (or None for every frame), got fps={fps}")
-    bad = BadFiles(bad_files, names(source))
+    clip = Clip(frames, size, fps, timeout_s * SHARE)
+    bad = BadFiles(bad_files, names(source), clip.settings)
     for file, reason in source.skipped:
-        bad.add(file, reason)
+        bad.add(file, reason, "skipped")
     bad.check(max_bad)
-    load = Load(source, Clip(frames, size, fps, timeout_s * SHARE), tokenizer, drop_caption, seed, bad, max_bad)
+    load = Load(source, clip, tokenizer, drop_caption, seed, bad, max_bad)
     # Batched before it becomes an iterator: batching after it loses batches under mp_prefetch.
     first, end = rows or (0, batch)
     if not 0 <= first < end <= batch:

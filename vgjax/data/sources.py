@@ -4,12 +4,14 @@ A source has a `kind` (the key of its arrays in a batch), a length, names of its
 knows to be useless are in `skipped`, with their reasons; what turns out bad on reading raises `Unreadable`.
 """
 
+import functools
 import json
 import os
 import queue
 import shutil
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,11 @@ class Clip:
     size: tuple[int, int]
     fps: float | int | None = None
     seconds: float | int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides whether a file gives such a clip, as JSON."""
+        return {"frames": self.frames, "size": list(self.size), "fps": self.fps}
 
 
 @runtime_checkable
@@ -102,17 +109,16 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path}: no such folder of videos")
-        found = (file for file in self.path.rglob("*") if file.suffix.lower() in VIDEOS + IMAGES)
-        files = sorted(file for file in found if _visible(file.relative_to(self.path)))
+        files = sorted(_found(self.path))
         self.skipped: list[Bad] = []
         self.records: list[tuple[str, str]] = []
         listed = set()
         if (self.path / "captions.jsonl").exists():
             for video, caption in _captions(self.path / "captions.jsonl"):
-                listed.add(self.path / video)
+                listed.add(_true(self.path / video))
                 self._add(self.path / video, caption)
         for file in files:
-            if file not in listed:
+            if _true(file) not in listed:
                 self._add(file, _beside(file))
         if not files and not self.records:
             raise UserError(f"{path}: the folder holds no videos or images ({' '.join(VIDEOS + IMAGES)})")
@@ -122,7 +128,7 @@ class Folder:
 
     def _add(self, file: Path, caption: str | None) -> None:
         if not file.is_file():
-            self.skipped.append(Bad(str(file), "captions.jsonl names it, but there is no such file"))
+            self.skipped.append(Bad(str(file), "there is no such file, though captions.jsonl or a link names it"))
         elif not caption:
             self.skipped.append(Bad(str(file), "no caption"))
         else:
@@ -139,8 +145,27 @@ class Folder:
         return read_clip(file, clip.frames, clip.size, clip.fps, rng, clip.seconds), caption
 
 
-def _visible(file: Path) -> bool:
-    return not any(part.startswith(".") for part in file.parts)  # half-written files are hidden
+def _found(root: Path) -> Iterator[Path]:
+    """Videos and images under a folder; links are followed, each folder once, whatever leads to it."""
+    seen = set()
+    for folder, inner, files in os.walk(root, followlinks=True):
+        true = os.path.realpath(folder)
+        if true in seen:
+            inner.clear()
+            continue
+        seen.add(true)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))  # half-written files are hidden
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(VIDEOS + IMAGES):
+                yield Path(folder, name)
+
+
+def _true(file: Path) -> str:
+    """One name for a file, by whatever linked folder it is reached."""
+    return os.path.join(_true_folder(str(file.parent)), file.name)
+
+
+_true_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
 
 def _beside(file: Path) -> str | None:
@@ -161,12 +186,25 @@ def _captions(path: Path) -> Iterator[tuple[str, str]]:
                 video, caption = entry["video"], entry["caption"]
                 if not (isinstance(video, str) and isinstance(caption, str)):
                     raise TypeError("both must be strings")
+                if os.path.isabs(video) or ".." in Path(video).parts:
+                    raise ValueError("the name of a video is one inside this folder; a link there may lead out of it")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f'{path}:{number}: expected one {{"video": "name.mp4", "caption": "..."}} a line, got '
                     f"{line[:80].decode(errors='replace').strip()!r} ({type(error).__name__}: {error})"
                 ) from error
             yield video, caption.strip()
+
+
+def summary(source: Source) -> str:
+    """What a source found, in one line: clips, images, and how many were skipped for which reason."""
+    kinds = Counter("image" if source.name(i).lower().endswith(IMAGES) else "clip" for i in range(len(source)))
+    if source.kind == "latent":
+        kinds = Counter(latent=len(source))
+    found = ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in sorted(kinds.items()))
+    reasons = Counter(bad.reason for bad in source.skipped)
+    skipped = "; ".join(f"{count} skipped: {reason}" for reason, count in reasons.most_common())
+    return f"{source.path}: {found}" + (f"; {skipped}" if skipped else "")
 
 
 class Latents:

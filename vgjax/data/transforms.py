@@ -3,15 +3,17 @@
 import fcntl
 import functools
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from grain.transforms import Map
 from jaxtyping import Int64
 
-from vgjax.data.decode import Unreadable
+from vgjax.data.decode import TooSlow, Unreadable
 from vgjax.data.embeddings import Embeddings
 from vgjax.data.sources import Clip, Source, read
 from vgjax.data.text import Bytes, Words
@@ -19,40 +21,72 @@ from vgjax.errors import UserError
 
 
 class BadFiles:
-    """The list of files that gave nothing: one {"file", "reason"} a line, each file once, shared by worker processes.
+    """The list of files that gave nothing: one {"file", "reason", "settings", "kind"} a line, shared by processes.
 
-    `path=None` keeps the list in memory. Given the `names` of a source, only its files count: sources may share a list.
+    Entries of other `settings` (of the clips that were asked for) do not count; None counts all. `path=None` keeps the
+    list in memory. With the `names` of a source only its files count: sources may share a list. `slow` are the files
+    that took too long: nobody should wait for them again. The file is only appended to, and only its new end is read.
     """
 
-    def __init__(self, path: str | Path | None, names: frozenset[str] | None = None):
-        self.path, self.names = path and Path(path), names
+    def __init__(
+        self, path: str | Path | None, names: frozenset[str] | None = None, settings: dict[str, Any] | None = None
+    ):
+        self.path, self.names, self.settings = path and Path(path), names, settings
         self.known: dict[str, str] = {}
+        self.slow: set[str] = set()
+        self._listed: set[tuple[str, str]] = set()
+        self._read = 0  # bytes of the list
 
-    def add(self, file: str, reason: str) -> None:
-        """Lists a file, unless it is there; safe against other processes and against lines cut off by a kill."""
-        if file in self.known:
+    def add(self, file: str, reason: str, kind: str = "") -> None:
+        """Lists a file, unless it is there; safe against other processes and against lines cut off by a kill.
+
+        `kind` is "skipped" for what the source does not even try, which only the next look at the source can tell, and
+        "slow".
+        """
+        if file in self.known and (kind != "slow" or file in self.slow):
             return
-        self.known[file] = reason
+        self._count(file, reason, kind)
         if self.path is None:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as lines:
                 fcntl.flock(lines, fcntl.LOCK_EX)
-                lines.seek(0)
-                text = lines.read()
-                if file not in _parse(text):
-                    start = b"\n" if text and not text.endswith(b"\n") else b""
-                    lines.write(start + json.dumps({"file": file, "reason": reason}).encode() + b"\n")
+                rest = self._refresh(lines)
+                if (file, kind) not in self._listed:
+                    entry = {"file": file, "reason": reason}
+                    entry |= {"settings": self.settings} if self.settings is not None else {}
+                    entry |= {"kind": kind} if kind else {}
+                    lines.write((b"\n" if rest else b"") + json.dumps(entry).encode() + b"\n")
         except OSError as error:
             raise UserError(f"{self.path}: the list of bad files can't be written ({error.strerror})") from error
 
+    def _refresh(self, lines: BinaryIO) -> bool:
+        """Takes in the lines that were written since the last look; whether the last one is cut off."""
+        if os.fstat(lines.fileno()).st_size < self._read:  # another list by now
+            self._read, self._listed = 0, set()
+        lines.seek(self._read)
+        whole, newline, rest = lines.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        for entry in _parse(whole):
+            if self.settings is None or entry.get("settings") == self.settings:
+                file, kind = entry["file"], entry.get("kind", "")
+                self._listed.add((file, kind))
+                if self.names is None or (file in self.names and kind != "skipped"):
+                    self._count(file, entry["reason"], kind)
+        return bool(rest)
+
+    def _count(self, file: str, reason: str, kind: str) -> None:
+        self.known.setdefault(file, reason)
+        if kind == "slow":
+            self.slow.add(file)
+
     def entries(self) -> dict[str, str]:
         """File -> reason, in the order of discovery."""
-        found = self.known
-        if self.path is not None:
-            found = _parse(self.path.read_bytes()) if self.path.exists() else {}
-        return {file: reason for file, reason in found.items() if self.names is None or file in self.names}
+        if self.path is not None and self.path.exists():
+            with open(self.path, "rb") as lines:
+                self._refresh(lines)
+        return self.known
 
     @property
     def count(self) -> int:
@@ -74,15 +108,14 @@ class BadFiles:
             )
 
 
-def _parse(text: bytes) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _parse(text: bytes) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-            found.setdefault(entry["file"], entry["reason"])
+            if isinstance(entry["file"], str) and isinstance(entry["reason"], str):
+                yield entry
         except (ValueError, KeyError, TypeError):
             continue  # cut off by a kill
-    return found
 
 
 ORDER, DROP, READ = 1, 2, 3  # what a random stream is for: streams of (seed, purpose, number) never coincide
@@ -116,11 +149,14 @@ class Load(Map):
         dropped = np.random.default_rng((self.seed, DROP, index)).random() < self.drop_caption
         for attempt in range(count):
             number = (first + attempt) % count
+            if self.source.name(number) in self.bad.slow:
+                continue
             rng = np.random.default_rng((self.seed, READ, index, attempt))
             try:
                 array, caption = read(self.source, number, self.clip, rng)
             except Unreadable as error:
-                self.bad.add(self.source.name(number), str(error))
+                kind = "slow" if isinstance(error, TooSlow) else ""
+                self.bad.add(self.source.name(number), str(error), kind)
                 self.bad.check(self.max_bad)
                 continue
             text, mask = self.tokenizer("" if dropped else caption)
