@@ -113,6 +113,23 @@ def test_a_batch_that_does_not_divide_is_a_row_with_the_nearest_that_does(eight)
     assert refused.reason in "".join(report.table([refused], config, eight, args))
 
 
+def test_micro_batches_smaller_than_the_devices_are_refused_as_in_a_training(eight):
+    args, _ = plan.parse(["--topology", "none"])
+    config = planned(*SMALL, "--batch", "8", "--config.layout=fsdp", "--config.optim.accumulate=4").config
+    assert plan.compiled(config, "fsdp", eight, args).reason == "batch 8 does not divide into 32: try 32"
+
+
+@pytest.mark.parametrize("job", ["train", "sample"])
+def test_a_large_leaf_that_a_layout_cannot_split_is_a_row_that_names_it(monkeypatch, eight, job):
+    monkeypatch.setattr(sharding, "LARGE", 1000)
+    monkeypatch.setattr(plan, "attempt", lambda *_: pytest.fail())
+    args, _ = plan.parse(["--topology", "none", "--job", job])
+    config = planned(*SMALL, "--batch", "8", "--config.layout=fsdp", "--config.model.dim=20").config
+    config.model.rope_dims = (2, 4, 4)
+    refused = plan.compiled(config, "fsdp", eight, args)
+    assert not refused.fits and "over fsdp=8, which divides none of its dims" in refused.reason
+
+
 @pytest.mark.parametrize("part,compilations", [(0.5, 1), (0.97, 2), (1.05, 2), (3.0, 1)])
 def test_what_nearly_fits_is_compiled_again_as_for_a_run(monkeypatch, eight, part, compilations):
     where, asked = dataclasses.replace(eight, quick={"effort": -1}), []

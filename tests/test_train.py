@@ -12,12 +12,18 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 from conftest import ROOT, SMALL, program
+from ml_collections import ConfigDict
 
-from vgjax import errors
-from vgjax.data.sources import Latents, LatentWriter
+from vgjax import errors, experiment, train
+from vgjax.data import pipeline
+from vgjax.data.sources import Folder, Latents, LatentWriter
 from vgjax.data.storage import alone
+from vgjax.data.text import Bytes
+from vgjax.parallel import layouts
 from vgjax.training import checkpoint
+from vgjax.training.program import read_config
 
 DIT = ("--config", "tests/tiny.py:dit")
 TINIER = (*DIT, *SMALL, "--config.train.steps=12")
@@ -180,6 +186,10 @@ REFUSED = {
     "world": (["--config", "tests/tiny.py:vae", "--config.data.world=big"], "small, full"),
     "data option": (["--config", "tests/tiny.py:vae", "--config.data.sise=8"], "config.data.sise is unknown: known"),
     "accumulate": (["--config", "tests/tiny.py:vae", "--config.optim.accumulate=3"], "that do are 3 and 6"),
+    "micro-batch": (
+        ["--config", "tests/tiny.py:vae", "--config.optim.accumulate=2", "--config.layout.devices=4"],
+        "does not divide into 8, the 4 device(s) of the batch times config.optim.accumulate=2",
+    ),
     "average": (["--config", "tests/tiny.py:vae", "--config.optim.ema=1.5"], "0 <= ema < 1"),
     "no vae": (["--config", "tests/tiny.py:dit"], "no checkpoint at"),
     "precision": (["--config", "tests/tiny.py:vae", "--config.precision=float8"], "use one of auto"),
@@ -188,14 +198,54 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys):
-    from vgjax import train
-
     args, sentence = REFUSED[case]
     with pytest.raises(SystemExit) as stopped:
         train.main(["train", *args, "--workdir", str(tmp_path / "run")])
     assert stopped.value.code == errors.USER
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("error: ") and sentence in said[0]
+
+
+class Untouched:
+    """A source whose records must not be read."""
+
+    def __init__(self, source):
+        self.kind, self.path, self.skipped = source.kind, source.path, source.skipped
+        self.meta = getattr(source, "meta", None)
+
+    def __len__(self):
+        return 24
+
+    def name(self, record):
+        return f"{self.path}/{record}"
+
+    def load(self, record, clip=None, rng=None):
+        pytest.fail("a record was read")
+
+
+@pytest.mark.parametrize("arg,kind", [("vae", "video"), ("dit", "latent"), ("dit", "video")])
+def test_the_shapes_of_a_batch_are_those_that_the_loader_gives_and_cost_no_reading(trained, arg, kind):
+    config, _, _ = read_config(["train", "--config", f"tests/tiny.py:{arg}"], "", workdir=False)
+    built = experiment.build(config, ConfigDict(tiny.get_config("vae")))
+    source = Folder(trained / "data" / "train") if kind == "video" else Latents(trained / "latents")
+    how = dict(seed=0, batch=4, tokenizer=built.tokenizer, drop_caption=0.1, frames=5, size=(16, 16), fps=8.0)
+    real = next(pipeline.batches(source, **how))
+    promised = train.abstract_batch(built, Untouched(source), 4)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in promised.items()} == {
+        name: (array.shape, array.dtype) for name, array in real.items()
+    }
+
+
+def test_the_first_batches_are_read_when_asked_for_and_only_the_rows_of_this_process(trained, monkeypatch):
+    asked, layout_and_mesh = [], layouts.find("dp", 4)
+    real = pipeline.batches
+    monkeypatch.setattr(pipeline, "batches", lambda *a, **k: asked.append(k.get("rows")) or real(*a, **k))
+    how = dict(seed=0, batch=4, tokenizer=Bytes(1), drop_caption=0.0, frames=5, size=(16, 16), fps=8.0)
+    batches = train.first(Folder(trained / "data" / "train"), how, (0, 4), layout_and_mesh)
+    assert not asked
+    found = [batch["video"] for batch in batches]
+    assert asked == [(0, 4)] and len(found) == 4
+    assert {shard.data.shape[0] for shard in found[0].addressable_shards} == {1}
 
 
 @pytest.mark.parametrize(
@@ -208,8 +258,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys):
     ],
 )
 def test_what_only_a_picture_would_show_is_said_before_anything_is_encoded(trained, tmp_path, capsys, flag, sentence):
-    from vgjax import train
-
     shutil.copytree(trained / "vae", tmp_path / "vae")
     with pytest.raises(SystemExit) as stopped:
         train.main(["train", *DIT, "--workdir", str(tmp_path / "dit"), flag])
@@ -219,8 +267,6 @@ def test_what_only_a_picture_would_show_is_said_before_anything_is_encoded(train
 
 
 def test_another_seed_or_a_second_training_in_a_workdir_are_refused(trained, tmp_path, capsys):
-    from vgjax import train
-
     shutil.copytree(trained, tmp_path / "all")
     vae = ["train", "--config", "tests/tiny.py:vae", "--workdir", str(tmp_path / "all" / "vae")]
     with pytest.raises(SystemExit) as stopped:
@@ -253,8 +299,6 @@ def test_holding_a_workdir_renames_no_error_of_the_run(tmp_path):
 
 
 def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp_path, capsys):
-    from vgjax import train
-
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config(:")
     (tmp_path / "file").write_text("")

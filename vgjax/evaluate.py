@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
 class Show:
     """What a running training shows of itself: pictures, scores, and the statistics its checkpoints carry."""
 
-    def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: list, log: Log):
+    def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: Callable[[], Iterator[PyTree]], log: Log):
+        """`batches` gives the run's first batches anew at each call."""
         self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
         self.flow = isinstance(built.objective, FlowObjective)
         self.plan = experiment.call("config.evaluate", Plan, self.config.get("evaluate", {}))
@@ -167,7 +168,7 @@ class Show:
         """Per-channel mean and std of a VAE's latents over the run's first batches; nothing for a flow."""
         if self.flow:
             return {}
-        mean, std = latent_stats(jnp.concatenate([self.encode(ema["vae"], batch["video"]) for batch in self.batches]))
+        mean, std = latent_stats(jnp.concatenate([self.encode(ema["vae"], batch["video"]) for batch in self.batches()]))
         return {"stats": [distributed.fetch(mean).tolist(), distributed.fetch(std).tolist()]}
 
     def images(self, number: int, ema: Params, count: int = 6) -> None:

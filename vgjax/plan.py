@@ -151,8 +151,8 @@ def mesh_of(config: ConfigDict, kind: str, where: Topology) -> tuple[layouts.Lay
 
 
 def unit_of(config: ConfigDict, layout: layouts.Layout, mesh: Mesh) -> int:
-    """What must divide the batch: the devices over which it is spread, the steps over which it is accumulated."""
-    return math.lcm(math.prod(mesh.shape[axis] for axis in layout.axes("batch", mesh)), config.optim.accumulate)
+    """What must divide the batch: each of the micro-batches is spread over all devices of the batch."""
+    return math.prod(mesh.shape[axis] for axis in layout.axes("batch", mesh)) * config.optim.accumulate
 
 
 def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespace) -> Row:
@@ -168,7 +168,10 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     built = experiment.build(changed(config, "layout", kind=kind), vae_of(args))
     row = dataclasses.replace(row, model_flops=model_flops(built, args.job))
     with sharding.use(layout, mesh):
-        job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
+        try:
+            job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
+        except UserError as refused:  # a leaf that this layout cannot split
+            return dataclasses.replace(row, reason=str(refused))
         row = dataclasses.replace(row, **memory_of_state(job))
         quick = {} if args.exact else where.quick
         if not args.exact and row.params + row.optimizer > available:  # whatever a compiler makes of the rest

@@ -7,6 +7,7 @@ again after any kind of death it continues bit-exactly, because every batch and 
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 from collections import deque
@@ -132,14 +133,16 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
     if isinstance(built.objective, FlowObjective):
         settings_of(config)
         built.objective.model.tokens(shape[:3])
-    parts = {"config.optim.accumulate": of_step["accumulate"], "the devices of the batch": sharding.degree("batch")}
-    for name, count in parts.items():
-        if plan.batch % count:
-            near = [batch for batch in (plan.batch // count * count, -(-plan.batch // count) * count) if batch]
-            raise UserError(
-                f"config.train.batch={plan.batch} does not divide into {count}, {name}: the nearest that do are "
-                f"{' and '.join(map(str, near))}"
-            )
+    # Every micro-batch lies on all devices of the batch: on fewer, each would compute all of its rows.
+    spread, accumulate = sharding.degree("batch"), of_step["accumulate"]
+    if plan.batch % (spread * accumulate):
+        unit = spread * accumulate
+        near = [n for n in (plan.batch // unit * unit, -(-plan.batch // unit) * unit) if n]
+        raise UserError(
+            f"config.train.batch={plan.batch} does not divide into {unit}, the {spread} device(s) of "
+            f"the batch times config.optim.accumulate={accumulate}: the nearest that do are "
+            f"{' and '.join(map(str, near))}"
+        )
 
 
 def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
@@ -148,9 +151,8 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     source, how = open_data(built, plan, frozen, workdir, (layout, mesh))
     rows = sharding.rows(plan.batch, layout, mesh)
 
-    # 1. The state: abstract from one real batch, then restored, or born with its shardings.
-    some = list(itertools.islice(pipeline.batches(source, **how), 4))
-    example = jax.eval_shape(objective.prepare, frozen, some[0])
+    # 1. The state: abstract from the shapes of a batch, then restored, or born with its shardings.
+    example = jax.eval_shape(objective.prepare, frozen, abstract_batch(built, source, plan.batch))
     optimizer, of_step = experiment.optimizer(config.optim, plan.steps)
     abstract, init = state.builder(objective, optimizer, config.seed, example, layout, mesh)
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
@@ -166,7 +168,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     count = state.parameter_count(abstract.params)
     log.event(start, "start", f"{count:,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
     watch = Watch(plan.max_dropped, log)
-    show = evaluate.Show(built, frozen, some, log)
+    show = evaluate.Show(built, frozen, functools.partial(first, source, how, rows, (layout, mesh)), log)
 
     def save(wait: bool) -> None:
         position = {"seed": config.seed, "step": number, "samples": number * plan.batch}
@@ -180,10 +182,10 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
         for number in range(start + 1, plan.steps + 1):
             with log.waiting():
                 raw = next(batches)
-            first = number == start + 1
-            with dog.pause() if first else contextlib.nullcontext():
+            begins = number == start + 1
+            with dog.pause() if begins else contextlib.nullcontext():
                 now, metrics = advance(now, frozen, sharding.place(raw, layout, mesh, plan.batch))
-                if first:
+                if begins:
                     jax.block_until_ready(metrics)  # all processes compile, at their own pace
             watch.add(number, raw["id"], metrics)
             log.step(number, metrics, lambda: {"data/bad_files": bad.count, "data/restarts": own.restarts})
@@ -264,6 +266,29 @@ def open_data(
     if tuned:
         how["tokenizer"] = Embeddings(Path(config.latents))
     return source, how
+
+
+def abstract_batch(built: experiment.Experiment, source: Any, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `count` rows as the loader would give it: nothing is read for its shapes."""
+    data = built.config.data
+    shape, dtype = (data.frames, *data.size, 3), np.uint8
+    if source.kind == "latent":
+        shape, dtype = source.meta["shape"], np.float32
+    numbers = {"index": np.uint32, "id": np.int32}
+    return {
+        source.kind: jax.ShapeDtypeStruct((count, *shape), dtype),
+        **built.texts(count),
+        **{name: jax.ShapeDtypeStruct((count,), of) for name, of in numbers.items()},
+    }
+
+
+def first(
+    source: Any, how: dict[str, Any], rows: tuple[int, int], where: tuple[Any, Any], count: int = 4
+) -> Iterator[PyTree]:
+    """The run's first batches, placed; of each this process reads its own rows alone."""
+    with contextlib.closing(pipeline.batches(source, **how, rows=rows)) as batches:
+        for raw in itertools.islice(batches, count):
+            yield sharding.place(raw, *where, how["batch"])
 
 
 def work(

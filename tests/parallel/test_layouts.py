@@ -85,6 +85,21 @@ def test_shard_is_the_identity_without_a_layout_and_constrains_with_one():
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", None)), 2)
 
 
+def test_a_large_leaf_that_a_layout_cannot_split_is_refused_by_name_and_a_small_one_stays_whole():
+    layout, mesh = layouts.find("fsdp", 8)
+
+    def of(*shape):
+        return {"block": {"kernel": sharding.Named(jax.ShapeDtypeStruct(shape, jnp.float32), ("embed", "mlp"))}}
+
+    with pytest.raises(UserError, match=r"block/kernel \(2049, 4099\) over fsdp=8, .* embed=2049: 32 MiB"):
+        sharding.shardings(of(2049, 4099), layout, mesh)
+    sharding.shardings(of(2049, 4096), layout, mesh)
+    sharding.shardings(of(9, 7), layout, mesh)
+    usp, mesh = layouts.find("usp", 8)  # one of its two axes divides: half a promise is none
+    with pytest.raises(UserError, match="over tensor=4"):
+        sharding.shardings(of(4098, 4098), usp, mesh)
+
+
 def test_batches_are_split_and_replicas_are_whole():
     layout, mesh = layouts.find("dp", 8)
     batch = sharding.place({"x": jnp.arange(16.0), "odd": jnp.ones((3, 2))}, layout, mesh)

@@ -109,6 +109,20 @@ class Layout:
                 used.update(free)
         return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in out))
 
+    def unsplit(
+        self, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    ) -> tuple[tuple[str, int], str] | None:
+        """((dim, its size), axis) where the rules give these dims an axis that divides none of them, or None."""
+        spec = self.spec(names, shape, mesh)
+        used = {axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ())}
+        for name, axes in self.rules:
+            if name == "heads":  # attention pads those that do not divide
+                continue
+            for axis in axes:
+                if name in names and axis not in used and mesh.shape[axis] > 1:
+                    return (name, shape[list(names).index(name)]), axis
+        return None
+
     def axes(self, name: str, mesh: Mesh) -> tuple[str, ...]:
         """The axes over which a dim of this name is spread, where it divides."""
         first = dict(reversed(self.rules)).get(name, ())

@@ -17,7 +17,10 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vgjax.errors import UserError
 from vgjax.typing import Array, PyTree
+
+LARGE = 16 * 2**20  # bytes: what a layout fails to split is an error above this
 
 _active: contextvars.ContextVar[tuple[Any, Mesh] | None] = contextvars.ContextVar("layout", default=None)
 
@@ -179,14 +182,27 @@ def unboxed(tree: PyTree) -> PyTree:
 
 
 def shardings(tree: PyTree, layout: Any, mesh: Mesh) -> PyTree:
-    """NamedShardings of a boxed (abstract) tree, one a leaf of `unboxed(tree)`; leaves without names are replicated."""
+    """NamedShardings of a boxed (abstract) tree, one a leaf of `unboxed(tree)`; leaves without names are replicated.
 
-    def one(leaf: Any) -> NamedSharding:
-        if isinstance(leaf, Named):
-            return NamedSharding(mesh, layout.spec(leaf.names, leaf.value.shape, mesh))
-        return NamedSharding(mesh, PartitionSpec())
+    A UserError where the layout splits leaves of these names, none of the dims divides, and what stays whole is large.
+    """
 
-    return jax.tree.map(one, tree, is_leaf=_is_box)
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, Named):
+            return NamedSharding(mesh, PartitionSpec())
+        shape, missed = leaf.value.shape, layout.unsplit(leaf.names, leaf.value.shape, mesh)
+        at = NamedSharding(mesh, layout.spec(leaf.names, shape, mesh))
+        size = math.prod(at.shard_shape(shape)) * leaf.value.dtype.itemsize
+        if missed and size > LARGE:
+            (dim, length), axis = missed
+            raise UserError(
+                f"the layout splits {'/'.join(str(getattr(key, 'key', key)) for key in path)} {tuple(shape)} over "
+                f"{axis}={mesh.shape[axis]}, which divides none of its dims, not {dim}={length}: {size / 2**20:.0f} "
+                f"MiB of it would lie on every device; set config.layout.{axis} to a divisor of {length}"
+            )
+        return at
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_box)
 
 
 def abstract(tree: PyTree, where: tuple[Any, Mesh] | None, dtype: Any = None) -> PyTree:
