@@ -13,7 +13,7 @@ GROUND = {"errors", "typing", "parallel.sharding"}
 MAY_IMPORT = {
     "errors": set(),
     "typing": set(),
-    "parallel.sharding": {"typing"},
+    "parallel.sharding": {"typing", "errors"},
     "parallel.distributed": {"errors"},
     "parallel.layouts": {"errors", "attention"},
     "nn": GROUND,
