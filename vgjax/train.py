@@ -147,7 +147,7 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
 
 def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
     config, objective = built.config, built.objective
-    stop = distributed.Stop()
+    frozen, stop = frozen | objective.frozen(), distributed.Stop()
     source, how = open_data(built, plan, frozen, workdir, (layout, mesh))
     rows = sharding.rows(plan.batch, layout, mesh)
 

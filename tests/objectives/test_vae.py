@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from vgjax.errors import UserError
+from vgjax.losses.term import terms
 from vgjax.models.causal_vae import CausalVAE
 from vgjax.objectives.vae import VAEObjective, from_uint8
-from vgjax.parallel.sharding import Named, unboxed
+from vgjax.parallel.sharding import Named, named, unboxed
 
 MODEL = CausalVAE(width=4, multipliers=(1,), blocks=0, time=(), space=(), patch=4, patch_frames=2, latent_channels=3)
 KEY = jax.random.key(7)
@@ -78,3 +79,33 @@ def test_an_unknown_loss_is_refused_with_the_known_ones():
 
 def test_an_objective_is_hashable_however_its_weights_are_given():
     assert hash(VAEObjective(MODEL, {"recon": 1.0})) == hash(VAEObjective(MODEL, (("recon", 1.0),)))
+
+
+class Scaled:
+    """L2 to a frozen target colour, in units that the term learns."""
+
+    def init(self, key):
+        return {"scale": named(jax.nn.initializers.ones, "embed")(key, (3,))}
+
+    def frozen(self):
+        return {"target": np.full(3, 0.25, np.float32)}
+
+    def __call__(self, view):
+        away = (view.recon - view.frozen["target"]) * view.params["scale"]
+        return jnp.square(away).mean((1, 2, 3, 4)), {"away": jnp.abs(away).mean((1, 2, 3, 4))}
+
+
+def test_a_term_owns_parameters_that_learn_and_frozen_ones_that_do_not(made, monkeypatch):
+    monkeypatch.setitem(terms(), "scaled", Scaled())
+    _, params, batch = made
+    objective = VAEObjective(MODEL, {"recon": 1.0, "kl": 0.1, "scaled": 2.0})
+    born = unboxed(objective.init(jax.random.key(0), batch))
+    assert objective.players == ("vae", "scaled") and set(born) == set(objective.players)
+    everything = born | params | objective.frozen()
+
+    def loss(own):
+        return objective.loss("scaled", everything | {"scaled": own}, batch, KEY)
+
+    (total, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(born["scaled"])
+    np.testing.assert_allclose(total, loss_of(params, batch, KEY)[0] + 2.0 * metrics["scaled"][0] / 4, rtol=1e-5)
+    assert np.all(grads["scale"] > 0) and metrics["scaled/away"][1] == 4

@@ -1,16 +1,22 @@
 """L1 reconstruction error."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from einops import reduce
 
+from vgjax.losses.term import Plain, View
 from vgjax.typing import Array, Float
 
 
-def term(
-    video: Float[Array, "b t h w c"],
-    recon: Float[Array, "b t h w c"],
-    mean: Float[Array, "b s i j z"],
-    logvar: Float[Array, "b s i j z"],
-) -> Float[Array, " b"]:
+@dataclasses.dataclass(frozen=True)
+class L1(Plain):
     """Mean absolute error of each clip, fp32."""
-    return reduce(jnp.abs(recon.astype(jnp.float32) - video.astype(jnp.float32)), "b ... -> b", "mean")
+
+    def __call__(self, view: View) -> tuple[Float[Array, " b"], Mapping[str, Float[Array, " b"]]]:
+        error = jnp.abs(view.recon.astype(jnp.float32) - view.video.astype(jnp.float32))
+        return reduce(error, "b ... -> b", "mean"), {}
+
+
+term = L1()

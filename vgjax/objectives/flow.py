@@ -46,6 +46,10 @@ class FlowObjective:
         model, _ = _init(self.model, of_model, batch["x"], t, c, batch["mask"], vec, self._told(1.0, t))
         return {"velocity": {"model": model, "text": text}}
 
+    def frozen(self) -> dict[str, PyTree]:
+        """What no one trains, beside the frozen VAE: nothing."""
+        return {}
+
     def prepare(self, frozen: PyTree, batch: PyTree) -> PyTree:
         """Adds the scaled latents `x`, from `latent` or by encoding `video` (uint8) with the frozen VAE."""
         rest = {name: leaf for name, leaf in batch.items() if name not in ("video", "latent")}
