@@ -161,6 +161,16 @@ def test_reshapes_and_transposes_are_einops():
     assert not offenders(wrong, [path for path in FILES if within(module(path), rooms)])
 
 
+def test_one_place_multiplies_with_kernels():
+    """What multiplies with a kernel by itself would be missed by adapters and quantisation."""
+
+    def wrong(path):
+        text = path.read_text()
+        return re.findall(r"lora\.delta|@ kernel|einsum\([^\n]*kernel", text) if path.stem != "contract" else []
+
+    assert not offenders(wrong, [path for path in FILES if within(module(path), {"nn", "models"})])
+
+
 MODELS = [path for path in FILES if within(module(path), {"models"}) and path.name != "__init__.py"]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vgjax.nn import lora
+from vgjax.nn.contract import LINEAR, contract
 from vgjax.parallel.sharding import named
 from vgjax.typing import Array, Dtype, Float
 
@@ -25,9 +25,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... d"]:
         kernel = self.param("kernel", named(self.kernel_init, *self.names), (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        if (more := lora.delta(self, x, "...i,ir->...r", "...r,ro->...o", self.dtype)) is not None:
-            y = y + more
+        (y,) = contract(self, LINEAR, x, kernel, self.dtype)
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
