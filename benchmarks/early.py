@@ -59,7 +59,7 @@ def continued(sampler: sample.Sampler, clips: list, t: float) -> np.ndarray:
         x = objective.prepare(frozen, {"video": videos})["x"]
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         mixed, _ = objective.path.mix(noise, x, jnp.full(len(x), t))
-        x = sample.follow(objective, sampler.settings, params, text, mask, mixed, t)
+        x = sample.follow(objective, sampler.settings, params, text, mask, mixed, keys, t)
         return to_uint8(vae.apply({"params": frozen["vae"]}, from_unit(x, frozen["stats"]), method="decode"))
 
     return np.asarray(run(sampler.params, sampler.frozen))

@@ -64,8 +64,11 @@ def hunyuan_video(folder, guidance=True):
     )
 
 
-def wan(folder, experts=1, image=False, each=False):
-    """A diffusers Wan pipeline: of text or of an image, with one expert or two, or with a time for each frame."""
+def wan(folder, experts=1, image=False, each=False, euler=False):
+    """A diffusers Wan pipeline: of text or of an image, with one expert or two, or with a time for each frame.
+
+    As published with UniPC, or with Euler.
+    """
     import diffusers
     import transformers
 
@@ -91,11 +94,14 @@ def wan(folder, experts=1, image=False, each=False):
     t5 = transformers.UMT5Config(
         vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=20, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
+    unipc = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
     parts = dict(
         tokenizer=tokenizer(),
         text_encoder=parity.randomised(transformers.UMT5EncoderModel(t5)),
         vae=parity.randomised(vae),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0) if euler else unipc,
         transformer=transformer(0),
         transformer_2=transformer(1) if experts == 2 else None,
         boundary_ratio=0.875 if experts == 2 else None,

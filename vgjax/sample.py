@@ -24,9 +24,8 @@ from vgjax import experiment
 from vgjax.data import video
 from vgjax.data.storage import writing
 from vgjax.errors import UserError, door
-from vgjax.flow.guidance import cfg as guide
-from vgjax.flow.path import noise
-from vgjax.flow.steppers import STEPPERS, integrate
+from vgjax.flow import guidance, steppers
+from vgjax.flow.path import noise, stepper_keys
 from vgjax.nn.codec import decode_tiled, from_unit
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import to_uint8
@@ -35,7 +34,7 @@ from vgjax.open.sampler import OpenSampler, is_open, peak
 from vgjax.open.store import Store
 from vgjax.parallel import distributed, layouts, sharding
 from vgjax.training import checkpoint, program
-from vgjax.typing import Array, Float, Params, PyTree, UInt8
+from vgjax.typing import Array, Float, Key, Params, PyTree, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +57,14 @@ class Settings:
     tile: int = 0
 
     def __post_init__(self) -> None:
-        if self.stepper not in STEPPERS:
-            raise UserError(f"stepper={self.stepper!r} is unknown: use one of {', '.join(STEPPERS)}")
+        steppers.named(self.stepper)
+        guidance.check(self.interval, self.rescale)
         if self.steps < 1 or self.batch < 1 or self.tile < 0:
             raise UserError(
                 f"steps={self.steps} and batch={self.batch} must be at least 1, tile={self.tile} at least 0"
             )
-        if self.shift <= 0 or not 0 <= self.rescale <= 1:
-            raise UserError(f"shift={self.shift} must be positive and rescale={self.rescale} in [0, 1]")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise UserError(f"interval={self.interval} must be two times, 0 <= first < second <= 1")
+        if self.shift <= 0:
+            raise UserError(f"shift={self.shift} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,19 +147,30 @@ def integrated(
     index: Array,
     key: Array,
 ) -> Array:
-    return follow(objective, use, params, text, mask, noise(key, index, shape))
+    keys = stepper_keys(key, index)
+    return follow(objective, use, params, text, mask, noise(key, index, shape), keys)
 
 
 def follow(
-    objective: FlowObjective, use: Settings, params: Params, text: PyTree, mask: Array, x: Array, t: float | int = 0.0
+    objective: FlowObjective,
+    use: Settings,
+    params: Params,
+    text: PyTree,
+    mask: Array,
+    x: Array,
+    keys: Key,
+    t: float | int = 0.0,
 ) -> Array:
-    """Latents from `x` at time `t` on; with guidance `text` and `mask` are doubled, the captions first."""
+    """Latents from `x` at time `t` on; with guidance `text` and `mask` are doubled, the captions first.
+
+    keys: what the stepper of each sample draws from.
+    """
     v = objective.bind(params, text, mask, use.guidance)
     if use.cfg != 1.0:
-        v = guide(v, use.cfg, use.interval, use.rescale)
+        v = guidance.cfg(v, use.cfg, use.interval, use.rescale)
     shift = dataclasses.replace(objective.shift, factor=use.shift)
     times = shift(jnp.linspace(0.0, 1.0, use.steps + 1), objective.model.tokens(x.shape[1:4]))
-    return integrate(STEPPERS[use.stepper](), v, x, t + (1 - t) * times)
+    return steppers.integrate(steppers.named(use.stepper), v, x, t + (1 - t) * times, keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -231,7 +239,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rescale", type=float, help="guidance rescale in [0, 1]")
     parser.add_argument("--interval", type=float, nargs=2, help="times between which guidance acts")
     parser.add_argument("--guidance", type=float, help="scale told to a guidance-distilled model")
-    parser.add_argument("--stepper", help=", ".join(STEPPERS))
+    parser.add_argument("--stepper", help=", ".join(steppers.STEPPERS))
     parser.add_argument("--batch", type=int, help="videos at a time")
     parser.add_argument("--tile", type=int, help="decode in tiles of so many latent positions a side; 0: whole")
     parser.add_argument("--negative", help="prompt to guide away from")
@@ -298,16 +306,17 @@ def sample_open(
     args: argparse.Namespace, store: Store, prompts: list[str], size: tuple[int, int] | None, out: Path
 ) -> None:
     """Samples of a converted folder, or of a run that was finetuned from it, by its family's pipeline and defaults."""
-    for name in ("rescale", "interval", "stepper", "batch"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} is for models trained here: {args.checkpoint} is sampled as it was published")
+    if args.batch is not None:
+        raise UserError(f"--batch is for models trained here: {args.checkpoint} is sampled one video at a time")
     if jax.process_count() > 1 and not args.layout:
         raise UserError(f"several processes sample together by a layout: give --layout, {', '.join(layouts.LAYOUTS)}")
     where = layouts.find(args.layout, args.devices) if args.layout else None
     store = dataclasses.replace(store, dtype=experiment.compute_dtype("auto"), where=where)
     sampler, image = OpenSampler(store), video.read_image(args.image) if args.image else None
-    asked = {"steps": args.steps, "shift": args.shift, "frames": args.frames, "size": size, "guidance": args.guidance}
+    names = "steps", "shift", "frames", "guidance", "stepper", "rescale"
+    asked = {name: getattr(args, name) for name in names} | {"size": size}
     asked["cfg"] = (args.cfg,) if args.cfg is not None else None
+    asked["interval"] = tuple(args.interval) if args.interval is not None else None
     asked = {name: value for name, value in asked.items() if value is not None}
     use = sampler.family.settings(store, **asked)
     distributed.say(f"{store.index['_class_name']}: {json.dumps(dataclasses.asdict(use))}")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgjax.flow.path import Straight, precondition, sample_keys
+from vgjax.flow.path import Straight, precondition, retimed, sample_keys, stepper_keys
 
 
 def test_path_starts_in_noise_ends_in_data_and_moves_at_its_velocity():
@@ -35,9 +35,23 @@ def test_preconditioned_targets_have_unit_variance_at_every_time_and_a_zero_netw
     for t in (0.0, 0.1, 0.5, 0.8, 1.0):
         at = jnp.full((40_000,), t)
         x, velocity = Straight().mix(noise, data, at)
-        guess = precondition(lambda x, t: jnp.zeros_like(x))(x, at)
-        gain = precondition(lambda x, t: jnp.ones_like(x))(x, at) - guess
+        guess = precondition(lambda x, t, memory: (jnp.zeros_like(x), memory))(x, at, None)[0]
+        gain = precondition(lambda x, t, memory: (jnp.ones_like(x), memory))(x, at, None)[0] - guess
         target = (velocity - guess) / gain
         np.testing.assert_allclose(jnp.var(target), 1.0, rtol=0.03)
         np.testing.assert_allclose(jnp.mean(target * x), 0.0, atol=0.03)  # nothing linear is left
-    np.testing.assert_allclose(precondition(lambda x, t: x)(x, jnp.float32(0.0)), -x + x, atol=1e-6)
+    start, memory = precondition(lambda x, t, memory: (x, memory + 1))(x, jnp.float32(0.0), 1)
+    np.testing.assert_allclose(start, -x + x, atol=1e-6)
+    assert memory == 2
+
+
+def test_a_network_is_told_its_own_times_and_between_them_what_lies_between():
+    v = retimed(lambda x, t, memory: (x + t, memory), jnp.array([0.0, 0.4, 1.0]), jnp.array([0.001, 0.35, 1.0]))
+    told = [float(v(jnp.zeros((1,)), jnp.float32(t), None)[0][0]) for t in (0.0, 0.4, 0.7, 1.0)]
+    np.testing.assert_allclose(told, [0.001, 0.35, 0.675, 1.0], atol=1e-6)
+
+
+def test_a_stepper_draws_apart_from_the_noise():
+    key, index = jax.random.key(3), jnp.arange(4, dtype=jnp.uint32)
+    both = jnp.concatenate([jax.random.key_data(of(key, index)) for of in (sample_keys, stepper_keys)])
+    assert len(np.unique(np.asarray(both), axis=0)) == 8

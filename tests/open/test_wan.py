@@ -1,5 +1,7 @@
 """Wan, published, converted and sampled: one expert, two, an image, a time for each frame; as in diffusers."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import open_models
@@ -20,6 +22,7 @@ from vgjax.parallel import layouts
 PROMPTS = ["A cat  walks on the &amp; grass,\n realistic", "a red dog runs slowly over snow."]
 KINDS = {
     "text": dict(),
+    "text, Euler": dict(euler=True),
     "two experts": dict(experts=2),
     "image": dict(image=True),
     "image, two experts": dict(image=True, experts=2),
@@ -88,6 +91,23 @@ def test_every_layout_samples_the_latents_of_one_device(pairs, kind):
     np.testing.assert_allclose(spread.latents(texts, noise, use, {}), alone, atol=1e-4)
 
 
+def test_the_scheduler_names_the_stepper_and_another_one_may_be_asked_for(pairs):
+    sampler = pairs("two experts")[1]
+    assert wan.settings(pairs("text, Euler")[1].store).stepper == "euler"
+    use = wan.settings(sampler.store, steps=4, frames=5, size=SIZE)
+    assert use.stepper == "unipc"
+    noise = jax.random.normal(jax.random.key(3), (2, *sampler.latent_shape(use.frames, use.size)))
+    texts = sampler.embed(PROMPTS, use)
+    base = sampler.latents(texts, noise, use, {})
+    for change in (dict(stepper="euler"), dict(stepper="churn"), dict(rescale=0.7), dict(interval=(0.0, 0.3))):
+        assert (sampler.latents(texts, noise, dataclasses.replace(use, **change), {}) != base).any(), change
+    churn = dataclasses.replace(use, stepper="churn")
+    one, other = (sampler.latents(texts, noise, churn, {}, seed) for seed in (0, 1))
+    assert (one != other).any()
+    with pytest.raises(UserError, match="'rk9' is unknown: use one of euler"):
+        wan.settings(sampler.store, stepper="rk9")
+
+
 def test_defaults_are_those_published(pairs):
     of = {kind: wan.settings(pairs(kind)[1].store) for kind in ("text", "two experts", "text, a time for each frame")}
     assert (of["text"].steps, of["text"].cfg, of["text"].frames) == (50, (5.0,), 81)
@@ -99,8 +119,8 @@ def test_experts_meet_at_the_boundary(pairs):
     store = pairs("two experts")[1].store
     high, low = wan.stages(store, wan.settings(store))
     assert (high.name, low.name) == ("transformer", "transformer_2")
-    assert high.times[-1] == low.times[0] and low.times[-1] == 1.0
-    assert 1 - high.times[-2] >= 0.875 > 1 - low.times[0]
+    assert high.schedule.times[-1] == low.schedule.times[0] and low.schedule.times[-1] == 1.0
+    assert 1 - high.schedule.told[-2] >= 0.875 > 1 - low.schedule.told[0]
 
 
 def test_an_image_is_asked_for_where_it_is_needed_and_refused_where_it_is_not(pairs, picture):
@@ -121,7 +141,7 @@ def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path, ca
     assert read_clip(tmp_path / "out" / "000.mp4", 5, SIZE, fps=16).shape == (5, *SIZE, 3)
     missing = [*asked[:5], tmp_path / "none.png", *asked[6:]]
     for wrong, said in (
-        ([*asked, "--rescale", "0.5"], "--rescale is for models trained here"),
+        ([*asked, "--batch", "2"], "--batch is for models trained here"),
         (missing, "none.png cannot be read as a picture"),
     ):
         with pytest.raises(SystemExit) as stopped:

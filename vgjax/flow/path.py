@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vgjax.flow.steppers import Velocity
-from vgjax.typing import Array, Float, Key, UInt
+from vgjax.typing import Array, Float, Key, PyTree, UInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,11 @@ def precondition(network: Velocity) -> Velocity:
     al. 2022 (section 5) and the v-prediction of Salimans & Ho 2022, and never for a copy of its input.
     """
 
-    def v(x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:
+    def v(x: Float[Array, "b ..."], t: Float[Array, "..."], memory: PyTree) -> tuple[Float[Array, "b ..."], PyTree]:
         at = jnp.expand_dims(jnp.broadcast_to(t, x.shape[:1]), tuple(range(1, x.ndim)))
         s = jnp.square(at) + jnp.square(1.0 - at)
-        return (2.0 * at - 1.0) / s * x + jax.lax.rsqrt(s) * network(x, t)
+        rest, memory = network(x, t, memory)
+        return (2.0 * at - 1.0) / s * x + jax.lax.rsqrt(s) * rest, memory
 
     return v
 
@@ -41,6 +42,11 @@ def precondition(network: Velocity) -> Velocity:
 def sample_keys(key: Key, index: UInt[Array, " b"]) -> Key:
     """One key a sample, from the global sample index alone: the same on any number of devices or micro-batches."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def stepper_keys(key: Key, index: UInt[Array, " b"]) -> Key:
+    """What a stepper draws from, one key a sample: apart from what the sample starts from."""
+    return sample_keys(jax.random.fold_in(key, 1), index)
 
 
 def noise(key: Key, index: UInt[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
@@ -51,7 +57,17 @@ def noise(key: Key, index: UInt[Array, " b"], shape: tuple[int, ...]) -> Float[A
 def reverse(network: Velocity) -> Velocity:
     """The velocity of a network that counts the other way: 1 is noise, and it points from data to noise."""
 
-    def v(x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:
-        return -network(x, 1.0 - t)
+    def v(x: Float[Array, "b ..."], t: Float[Array, "..."], memory: PyTree) -> tuple[Float[Array, "b ..."], PyTree]:
+        slope, memory = network(x, 1.0 - t, memory)
+        return -slope, memory
+
+    return v
+
+
+def retimed(network: Velocity, times: Float[Array, " k"], told: Float[Array, " k"]) -> Velocity:
+    """The velocity of a network that is told the time `told[i]` where it is asked for `times[i]`, linear in between."""
+
+    def v(x: Float[Array, "b ..."], t: Float[Array, "..."], memory: PyTree) -> tuple[Float[Array, "b ..."], PyTree]:
+        return network(x, jnp.interp(t, times, told), memory)
 
     return v

@@ -80,20 +80,20 @@ class FlowObjective:
         x = batch["x"]
         noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
         mixed, velocity = self.path.mix(noise, x, t)
-        v = self.bind(params, batch["text"], batch["mask"])(mixed, t)
+        v, _ = self.bind(params, batch["text"], batch["mask"])(mixed, t, None)
         return reduce(jnp.square(v.astype(jnp.float32) - velocity), "b ... -> b", "mean")
 
     def bind(self, params: Params, text: PyTree, mask: Bool[Array, "b m"], guidance: float | int = 1.0) -> Velocity:
-        """The velocity of these captions: `v(x, t)`, `t` a scalar or one a sample. The text is encoded once.
+        """The velocity of these captions, at a scalar `t` or one a sample. The text is encoded once.
 
         guidance: the scale that a guidance-distilled model is told; other models know none.
         """
         own = params["velocity"]
         c, vec = self.text.apply({"params": own["text"]}, text, mask)
 
-        def v(x: Float[Array, "b t h w c"], t: Float[Array, "..."]) -> Float[Array, "b t h w c"]:
+        def v(x: Float[Array, "b t h w c"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
             t = jnp.broadcast_to(t, x.shape[:1])
-            return self.model.apply({"params": own["model"]}, x, t, c, mask, vec, self._told(guidance, t))
+            return self.model.apply({"params": own["model"]}, x, t, c, mask, vec, self._told(guidance, t)), memory
 
         return precondition(v) if self.precondition else v
 

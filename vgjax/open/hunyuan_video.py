@@ -35,7 +35,8 @@ SKIPPED = 2  # blocks of Llama behind the state that is taken
 
 def settings(store: Store, **given: Any) -> Settings:
     """Those of the paper and of the published pipeline; guidance 6 is told to the model, not computed."""
-    return dataclasses.replace(Settings(50, (1.0,), 6.0, 129, (720, 1280), 24.0), **given)
+    base = Settings(50, (1.0,), 6.0, 129, (720, 1280), 24.0, schedule.stepper(store.scheduler))
+    return dataclasses.replace(base, **given)
 
 
 def clean(text: str) -> str:
@@ -66,9 +67,7 @@ def pooled(store: Store, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
 
 def stages(store: Store, use: Settings) -> list[Stage]:
     """One model for all times."""
-    config = store.scheduler | ({"shift": use.shift} if use.shift else {})
-    times = schedule.euler(config, use.steps, whole=True)
-    return [Stage("transformer", tuple(times.tolist()), use.cfg[0])]
+    return [Stage("transformer", schedule.published(store.scheduler, use.steps, use.shift, whole=True), use.cfg[0])]
 
 
 def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> PyTree:
@@ -82,10 +81,10 @@ def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int
     """The velocity of the prompts."""
     c, mask, vec = texts
 
-    def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."]) -> Float[Array, "b t h w z"]:
+    def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
         t = jnp.broadcast_to(t, x.shape[:1])
         told = (jnp.full(t.shape, guidance, jnp.float32),) if model.guidance else ()
-        return model.apply(variables, x, t, c, mask, vec, *told)
+        return model.apply(variables, x, t, c, mask, vec, *told), memory
 
     return reverse(network)
 

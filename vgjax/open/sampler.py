@@ -13,8 +13,8 @@ import numpy as np
 
 from vgjax.errors import UserError
 from vgjax.flow.guidance import cfg as guide
-from vgjax.flow.path import noise
-from vgjax.flow.steppers import Euler, Velocity, integrate
+from vgjax.flow.path import noise, retimed, stepper_keys
+from vgjax.flow.steppers import State, Velocity, advance, named
 from vgjax.nn.codec import decode_tiled, from_unit, stats_of
 from vgjax.objectives.vae import to_uint8
 from vgjax.open import hunyuan_video, wan
@@ -66,7 +66,7 @@ class OpenSampler:
         texts = self.embed(prompts, use, negative)
         given = family.condition(store, image, use.frames, use.size)
         starts = noise(jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.uint32), shape)
-        return self.decode(self.latents(texts, starts, use, given), tile)
+        return self.decode(self.latents(texts, starts, use, given, seed), tile)
 
     def embed(self, prompts: Sequence[str], use: Settings, negative: str | None = None) -> tuple[Texts, Texts | None]:
         """What `latents` takes: of the prompts, and of the negative prompt for each, None without computed guidance."""
@@ -82,27 +82,36 @@ class OpenSampler:
         return shape
 
     def latents(
-        self, texts: tuple[PyTree, PyTree], starts: Float[Array, "n t h w c"], use: Settings, given: PyTree
+        self,
+        texts: tuple[PyTree, PyTree],
+        starts: Float[Array, "n t h w c"],
+        use: Settings,
+        given: PyTree,
+        seed: int = 0,
     ) -> Float[Array, "n t h w c"]:
         """Unit-scale latents that the noise `starts` becomes, stage by stage, one video at a time.
 
         texts: what `embed` made of the prompts, and of the negative prompts (None without guidance); given: what
-        `condition` made of an image.
+        `condition` made of an image; seed: of what a stepper draws, for sample i of `(seed, i)` alone.
         """
         family = self.family
         # On the host: the devices of a layout take nothing that lies on one of them.
         texts, given, each = jax.tree.map(np.asarray, (texts, given, list(starts)))
+        index = jnp.arange(len(each), dtype=jnp.uint32)
+        keys = np.asarray(jax.random.key_data(stepper_keys(jax.random.key(seed), index)))
+        # The stepper goes on from one model to the next, as one scheduler does in the published pipelines.
+        each = [(x[None], None) for x in each]
         for stage in family.stages(self.store, use):
-            if len(stage.times) < 2:
+            if len(stage.schedule.times) < 2:
                 continue
-            times = np.array(stage.times, np.float32)
             with self.store.here(), self.store.model(stage.name) as (model, params, _):
-                for i, x in enumerate(each):
+                for i, (x, state) in enumerate(each):
                     own = texts[:1] if stage.cfg == 1.0 else texts
                     both = jax.tree.map(lambda *a, i=i: np.stack([one[i] for one in a]), *own)
-                    told = family.velocity, model, stage.cfg, use.guidance
-                    each[i] = fetch(follow(*told, params, both, given, x[None], times))[0]
-        return family.finished(jnp.stack(each), given)
+                    told = family.velocity, model, use, stage.cfg
+                    times = stage.schedule.times, stage.schedule.told
+                    each[i] = fetch(follow(*told, params, both, given, x, keys[i : i + 1], state, *times))
+        return family.finished(jnp.concatenate([x for x, _ in each]), given)
 
     def decode(self, z: Float[Array, "n t h w c"], tile: int = 0) -> UInt8[np.ndarray, "n s i j 3"]:
         """Pixels of unit-scale latents."""
@@ -126,17 +135,27 @@ class OpenSampler:
 def follow(
     velocity: Callable[..., Velocity],
     model: Any,
+    use: Settings,
     cfg: float,
-    guidance: float,
     params: Params,
     texts: PyTree,
     given: PyTree,
     x: Array,
+    keys: Array,
+    state: State | None,
     times: Array,
-) -> Array:
-    """`x` from the first to the last of `times`; with guidance the texts are doubled, the prompts first."""
-    v = velocity(model, {"params": params}, texts, guidance, given)
-    return integrate(Euler(), guide(v, cfg) if cfg != 1.0 else v, x, times)
+    told: Array,
+) -> tuple[Array, State]:
+    """`x` from the first to the last of `times`, where the model is told `told`, and the stepper's state there.
+
+    With guidance the texts are doubled, the prompts first. keys: their data, one a sample; state: None at the start.
+    """
+    v = retimed(velocity(model, {"params": params}, texts, use.guidance, given), times, told)
+    v = guide(v, cfg, use.interval, use.rescale) if cfg != 1.0 else v
+    stepper, x = named(use.stepper), x.astype(jnp.float32)
+    # What one model remembers means nothing to the next.
+    state = stepper.init(x, jax.random.wrap_key_data(keys)) if state is None else state._replace(memory=None)
+    return advance(stepper, v, x, times, state)
 
 
 def peak() -> str:

@@ -41,7 +41,7 @@ NEGATIVE = (
 def settings(store: Store, **given: Any) -> Settings:
     """Those published: 50 steps, scale 5; with two experts 40 steps and the scales of high and low noise."""
     image = "ImageToVideo" in store.index["_class_name"]
-    base = Settings(50, (5.0,), 1.0, 81, (480, 832), 16.0)
+    base = Settings(50, (5.0,), 1.0, 81, (480, 832), 16.0, schedule.stepper(store.scheduler))
     if two(store):
         base = dataclasses.replace(base, steps=40, cfg=(3.5, 3.5) if image else (4.0, 3.0), size=(720, 1280))
     elif store.index.get("expand_timesteps"):
@@ -69,17 +69,17 @@ def clean(text: str) -> str:
 
 def stages(store: Store, use: Settings) -> list[Stage]:
     """The expert of high noise down to the boundary, then that of low noise; or one model for all times."""
-    config = store.scheduler
-    if "UniPC" in config.get("_class_name", ""):
-        times = schedule.unipc(config | ({"flow_shift": use.shift} if use.shift else {}), use.steps)
-    else:
-        times = schedule.euler(config | ({"shift": use.shift} if use.shift else {}), use.steps, whole=False)
+    whole = schedule.published(store.scheduler, use.steps, use.shift)
     if not two(store):
-        return [Stage("transformer", tuple(times.tolist()), use.cfg[0])]
-    first = int(np.sum(1.0 - times[:-1] >= store.index["boundary_ratio"]))
-    halves = times[: first + 1], times[first:]
+        return [Stage("transformer", whole, use.cfg[0])]
+    # A level of just the boundary is of the first expert, also where a time in fp32 has moved it by a hair.
+    first = int(np.sum(1.0 - whole.told[:-1] >= store.index["boundary_ratio"] - 1e-6))
+    halves = slice(first + 1), slice(first, None)
     names = "transformer", "transformer_2"
-    return [Stage(name, tuple(t.tolist()), scale) for name, t, scale in zip(names, halves, use.cfg, strict=True)]
+    return [
+        Stage(name, schedule.Schedule(whole.times[half], whole.told[half]), scale)
+        for name, half, scale in zip(names, halves, use.cfg, strict=True)
+    ]
 
 
 def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> PyTree:
@@ -132,7 +132,7 @@ def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int
     """The velocity of the prompts, with what is given of an image. The zeros behind a text are attended to."""
     c, *_ = texts
 
-    def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."]) -> Float[Array, "b t h w c"]:
+    def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
         t = jnp.broadcast_to(t, x.shape[:1])
         rest = ()
         if "behind" in given:
@@ -149,7 +149,7 @@ def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int
             x = finished(x, given)
             clean = jnp.arange(x.shape[1]) == 0  # their level 0: no noise
             t = jnp.where(clean, 0.0, t[:, None])
-        return model.apply(variables, x, t, c, jnp.ones(c.shape[:2], bool), *rest)
+        return model.apply(variables, x, t, c, jnp.ones(c.shape[:2], bool), *rest), memory
 
     return reverse(network)
 
