@@ -20,7 +20,7 @@ from vgjax.errors import USER, UserError
 from vgjax.open import tables
 from vgjax.open.folders import write
 from vgjax.open.published import crossdit
-from vgjax.open.store import abstract
+from vgjax.open.store import Store, abstract
 from vgjax.parallel import sharding
 from vgjax.training import checkpoint
 
@@ -143,6 +143,71 @@ def rewritten(folder, name, **changes):
     path = folder / name / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize("key", ["../other", "/tmp", "a/../..", ".."])
+def test_a_pipeline_that_names_what_lies_outside_is_refused(damaged, tmp_path, key):
+    folder, _ = damaged
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {key: ["transformers", "T5Tokenizer"]}))
+    for act in (lambda: convert.convert(folder, tmp_path / "c", None, None), lambda: Store(folder).index):
+        with pytest.raises(UserError, match=f"model_index.json: a key is '{key}', which is no plain name"):
+            act()
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_clone_is_converted_without_its_history(damaged, tmp_path):
+    folder, _ = damaged
+    for extra in (".git/lfs/blob", "samples/video.mp4", "tokenizer/.cache/x"):
+        (folder / extra).parent.mkdir(parents=True)
+        (folder / extra).write_bytes(b"many bytes")
+    (folder / "extra.json").write_text("{}")
+    convert.convert(folder, tmp_path / "c", None, None)
+    names = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "transformer_2", "vae"}
+    assert {path.name for path in (tmp_path / "c").iterdir()} == names
+    assert not (tmp_path / "c" / "tokenizer" / ".cache").exists()
+
+
+def test_an_embedding_under_its_other_name_goes_in_and_comes_out_as_transformers_reads_it(damaged, published, tmp_path):
+    folder, _ = damaged
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, file, {"format": "pt"})
+    convert.convert(folder, tmp_path / "c", None, None)
+    convert.export(tmp_path / "c", tmp_path / "e")
+    theirs = published[1].text_encoder
+    again = type(theirs).from_pretrained(tmp_path / "e" / "text_encoder")
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+def test_a_vocabulary_alone_is_a_tokenizer_and_a_broken_one_is_told_before_anything_is_read(damaged, tmp_path):
+    folder, _ = damaged
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="tokenizer holds no tokenizer that transformers can use"):
+        convert.convert(folder, tmp_path / "c", None, None)
+    assert not (tmp_path / "c").exists()
+    pieces(folder / "tokenizer" / "spiece.model")
+    convert.convert(folder, tmp_path / "c", None, None)
+    ids, mask = Store(tmp_path / "c").tokens("tokenizer", ["a cat", ""], 8)
+    assert mask.sum(axis=1).tolist() == [int(mask[0].sum()), 1] and mask[0].sum() > 2
+    assert (ids[~mask] == 0).all() and ids[1, 0] == ids[0, mask[0].sum() - 1] == 1
+
+
+def pieces(to):
+    """A SentencePiece vocabulary as T5 has it: 0 pads, 1 ends."""
+    import io
+
+    import sentencepiece
+
+    text, made = ["a cat walks on the grass", "a red dog runs over snow"] * 20, io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=made, vocab_size=20, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    to.write_bytes(made.getvalue())
 
 
 PEAKS = """

@@ -26,8 +26,7 @@ from vgjax import experiment
 from vgjax.data.storage import writing
 from vgjax.errors import UserError, door
 from vgjax.open import folders, tables, tune
-from vgjax.open.store import INDEX, READERS, abstract, fields, reader
-from vgjax.open.texts import FOLDER
+from vgjax.open.store import INDEX, READERS, abstract, fields, index_of, parts_of, reader, tokenized
 from vgjax.parallel import distributed, layouts, sharding
 from vgjax.training import checkpoint, program
 
@@ -78,12 +77,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def convert(source: Path, to: Path, dtype: str | None, where: Any) -> None:
-    """Every component of a published folder; what does not fit in any of them is said together, before any is read."""
+    """Every component of a published folder; what does not fit in any of them is said together, before any is read.
+
+    Its tokenizers are tried too: else what they lack would be said when the first prompt is sampled.
+    """
     components = {name: Component(source / name, config) for name, config in components_of(source).items()}
     said = [f"{name}: {sentence}" for name, one in components.items() for sentence in one.mismatches()]
     if said:
         more = f"; and {len(said) - 20} more" if len(said) > 20 else ""
         raise UserError(f"{source} does not fit, in {len(said)} place(s): {'; '.join(said[:20])}{more}")
+    for name in parts_of(source):
+        if name.startswith("tokenizer"):
+            tokenized(source / name, ["a cat walks"], 8)
     types = {name: one.dtypes(dtype) for name, one in components.items()}
     for name in types:
         start, one = time.perf_counter(), components.pop(name)
@@ -98,10 +103,8 @@ def components_of(source: Path) -> dict[str, dict[str, Any]]:
     """The config.json of every component with weights, by the folder's name."""
     if not source.is_dir():
         raise UserError(f"--from {source} is no folder: give a published pipeline")
-    index = folders.read_json(source / INDEX)
-    named = {name: held for name, held in index.items() if isinstance(held, list) and len(held) == 2 and held[1]}
     found = {}
-    for name, (_, kind) in named.items():
+    for name, kind in parts_of(source).items():
         folder = source / name
         if not folder.is_dir():
             raise UserError(f"{source} lacks the folder {name}, which {INDEX} names: download it")
@@ -124,8 +127,8 @@ class Component:
         self.tree = sharding.unboxed(self.boxed)
         prefixes = getattr(self.of_model, "PREFIXES", (None,))
         possible = {prefix: table_of(model, self.of_model, prefix) for prefix in prefixes}
-        fits = (one for one, table in possible.items() if any(name.format(0) in self.files.shapes for name in table))
-        self.prefix = next(fits, prefixes[0])
+        known = self.files.shapes
+        self.prefix = max(possible, key=lambda one: sum(name.format(0) in known for name in possible[one]))
         self.table = possible[self.prefix]
 
     def mismatches(self) -> list[str]:
@@ -172,13 +175,12 @@ def batches(leaves: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def table_of(model: Any, of_model: ModuleType, prefix: str | None) -> tables.Table:
     """The weight table, with its names' beginning where a file of models has several."""
-    return of_model.weights(model, prefix) if hasattr(of_model, "PREFIXES") else of_model.weights(model)
+    return of_model.weights(model) if prefix is None else of_model.weights(model, prefix)
 
 
 def export(source: Path, to: Path) -> None:
     """A converted folder back to what diffusers and transformers read."""
-    index = folders.read_json(source / INDEX)
-    models = {name for name in index if (source / name / checkpoint.SUBDIR).is_dir()}
+    models = {name for name in index_of(source) if (source / name / checkpoint.SUBDIR).is_dir()}
     for name in sorted(models):
         stored, read, meta = checkpoint.opened(source / name, "ema")
         config, ((kind, tree),) = meta["published"], stored.items()
@@ -195,13 +197,16 @@ def export(source: Path, to: Path) -> None:
 
 
 def rest(source: Path, to: Path, models: set[str]) -> None:
-    """Copies all but these models and the embeddings: tokenizers, scheduler, model_index.json."""
+    """Copies model_index.json and the parts that it names but for these models: tokenizers, scheduler, processors.
+
+    What else lies in the folder (a clone's history, samples, embeddings) is no part of the pipeline.
+    """
     with writing(to):
-        for entry in sorted(source.iterdir()):
-            if entry.is_dir() and entry.name not in models | {FOLDER}:
-                shutil.copytree(entry, to / entry.name, copy_function=_linked)
-            elif entry.suffix == ".json":
-                shutil.copy(entry, to / entry.name)
+        shutil.copy(source / INDEX, to / INDEX)
+        for name in parts_of(source):
+            if name not in models and (source / name).is_dir():
+                history = shutil.ignore_patterns(".git", ".cache")
+                shutil.copytree(source / name, to / name, copy_function=_linked, ignore=history)
 
 
 def _linked(source: str, to: str) -> None:

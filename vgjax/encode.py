@@ -25,7 +25,7 @@ from vgjax.errors import UserError, door
 from vgjax.objectives.vae import from_uint8
 from vgjax.open.sampler import OpenSampler, is_open
 from vgjax.open.store import Store
-from vgjax.open.texts import embed, identity, padded
+from vgjax.open.texts import embed, identity, padded, reading
 from vgjax.parallel import distributed, sharding
 from vgjax.training import checkpoint, program
 from vgjax.typing import PyTree
@@ -76,7 +76,7 @@ class Published:
     def made_by(self) -> dict[str, str]:
         return {
             "vae": identity(self.sampler.store, "vae"),
-            "text encoders": identity(self.sampler.store, "text_encoder*", "tokenizer*"),
+            "text encoders": reading(self.sampler.store, self.sampler.family),
         }
 
     def check(self, frames: int, size: tuple[int, int]) -> None:

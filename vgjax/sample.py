@@ -246,7 +246,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image", help="picture that the video starts from, for models that take one")
     parser.add_argument("--frames", type=int, help="1 + a multiple of the VAE's time factor")
     parser.add_argument("--size", help="HxW in pixels")
-    parser.add_argument("--weights", default="ema", choices=("ema", "params"))
+    parser.add_argument("--weights", choices=("ema", "params"), help="of a run; default: ema")
     parser.add_argument("--layout", default="", help=f"sample on several devices: {', '.join(layouts.LAYOUTS)}")
     parser.add_argument("--devices", type=int, default=0, help="how many of them, 0 for all")
     parser.add_argument("--codec", default="libx264")
@@ -280,7 +280,10 @@ def main(argv: list[str]) -> None:
     video.check_codec(args.codec)
     path = Path(args.checkpoint).absolute()
     if is_open(path):
+        if args.weights:
+            raise UserError(f"--weights is for runs trained here: {args.checkpoint} holds what was published")
         return sample_open(args, Store(path), prompts, size, out)
+    args.weights = args.weights or "ema"
     if found := tune.tuned(path, args.weights):
         folder, tuned = found
         return sample_open(args, Store(folder, tuned=tuned), prompts, size, out)

@@ -188,6 +188,7 @@ PARITY = {
     "guidance, a padded text": (dict(rope_dims=(4, 4, 4)), dict()),
     "one head, one frame, not square": (dict(heads=1, dim=20, guidance=False), dict(grid=(1, 6, 10), m=3)),
     "three heads, another period": (dict(heads=3, dim=48, theta=1e4), dict(grid=(5, 2, 4))),
+    "an MLP half as wide, but not the refiner's": (dict(mlp_ratio=2.0), dict()),
     "patches of two frames, one refiner block": (
         dict(patch=(2, 2, 2), refiner_blocks=1, single_blocks=3, double_blocks=1),
         dict(grid=(4, 4, 2), m=9),

@@ -63,6 +63,13 @@ def test_types_of_several_widths_lie_where_torch_can_read_them(tmp_path):
         np.testing.assert_array_equal(Folder(tmp_path).read(name), tensor)
 
 
+def test_a_link_may_leave_the_folder(sharded, tmp_path_factory):
+    away = tmp_path_factory.mktemp("blobs") / "a"
+    (sharded / "model-0.safetensors").rename(away)
+    (sharded / "model-0.safetensors").symlink_to(away)
+    np.testing.assert_array_equal(Folder(sharded).read("a"), TENSORS["a"])
+
+
 def broken(folder, kind):
     first = folder / "model-0.safetensors"
     if kind == "missing shard":
@@ -77,6 +84,11 @@ def broken(folder, kind):
         (folder / "model.safetensors.index.json").write_text("{")
     elif kind == "list":
         (folder / "model.safetensors.index.json").write_text("[]")
+    elif kind.startswith("file "):
+        shown = {"weight_map": {"a": json.loads(kind.removeprefix("file "))}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(shown))
+    elif kind == "places":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
     else:
         for file in folder.iterdir():
             file.unlink()
@@ -95,6 +107,11 @@ def broken(folder, kind):
         ("empty", "model-0.safetensors is no whole safetensors file"),
         ("other tensor", "model-0.safetensors lacks a, which the index says"),
         ("index", "index.json is no JSON"),
+        *(
+            (f"file {name}", "index.json: weight_map.a is .*no plain name")
+            for name in ('"../x"', '"/x"', '".."', '""', "7")
+        ),
+        ("places", "weight_map is a list, not an object"),
         ("list", "holds a list, not an object"),
         ("pickle", "holds only pytorch_model.bin, and a pickle can run any code"),
         ("nothing", "holds no weights"),

@@ -1,6 +1,7 @@
 """HunyuanVideo, published, converted and sampled: the embeddings, latents and frames of the diffusers pipeline."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from vgjax import convert
+from vgjax.data.storage import seal
 from vgjax.errors import UserError
 from vgjax.open import hunyuan_video
 from vgjax.open.sampler import OpenSampler
@@ -88,10 +90,23 @@ def test_models_are_gone_when_they_have_done_their_part(pair, settings):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
+def test_a_scale_is_told_to_a_distilled_model_alone(pair, tmp_path):
+    shutil.copytree(pair[1].store.folder, tmp_path / "plain")
+    assert hunyuan_video.settings(pair[1].store, guidance=4.0).guidance == 4.0
+    for meta in (tmp_path / "plain" / "transformer").rglob("meta.json"):
+        meta.write_text(meta.read_text().replace('"guidance_embeds": true', '"guidance_embeds": false'))
+        meta.with_name("manifest.json").unlink()
+        seal(meta.parent)
+    with pytest.raises(UserError, match="not guidance-distilled; give --cfg instead"):
+        hunyuan_video.settings(Store(tmp_path / "plain"), guidance=4.0)
+
+
 def test_what_the_model_cannot_do_is_said(pair):
     store = pair[1].store
     with pytest.raises(UserError, match="videos of text alone: leave --image out"):
         hunyuan_video.condition(store, np.zeros((8, 8, 3), np.uint8), 5, (32, 48))
+    with pytest.raises(UserError, match="--negative has no effect at --cfg 1.*give --cfg above 1"):
+        pair[1](PROMPTS, negative="blurry", frames=5, size=(32, 48))
     with pytest.raises(UserError, match="nearest number of frames that works is 5"):
         pair[1](PROMPTS, frames=6, size=(32, 48))
     with pytest.raises(UserError, match="does not divide into patches"):

@@ -57,6 +57,14 @@ def test_another_tokenizer_or_type_computes_anew(store, family):
     assert family.seen == ["cat"] * 3
 
 
+@pytest.mark.parametrize("name, value", [("LENGTH", 7), ("CROP", 3), ("TEMPLATE", "Say: {}")])
+def test_another_reading_of_the_same_encoders_computes_anew(store, family, name, value):
+    texts.embed(store, family, ["cat"])
+    setattr(family, name, value)
+    texts.embed(store, family, ["cat"])
+    assert family.seen == ["cat"] * 2
+
+
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-30], lambda data: b"PK" + data[9:]])
 def test_a_kept_text_that_is_damaged_is_computed_again(store, family, damage):
     want = texts.embed(store, family, ["cat"])

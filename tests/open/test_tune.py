@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import open_models
 import pytest
@@ -17,9 +19,11 @@ from vgjax.data import video
 from vgjax.data.decode import read_clip
 from vgjax.data.embeddings import Embeddings
 from vgjax.errors import USER, UserError
+from vgjax.nn import lora
 from vgjax.open import tables, texts, tune
 from vgjax.open.sampler import OpenSampler
-from vgjax.open.store import Store
+from vgjax.open.store import Store, abstract, of_model
+from vgjax.parallel import layouts, sharding
 from vgjax.training import checkpoint
 
 CAPTIONS = ("a cat walks", "a red dog runs", "grass over snow", "a dog walks slowly")
@@ -153,6 +157,69 @@ def test_an_expert_learns_at_the_times_it_serves(home):
     convert.convert(home / "experts" / "published", home / "experts" / "converted", None, None)
     store = Store(home / "experts" / "converted")
     assert tune.served(store, "transformer") == (0.0, 0.125) and tune.served(store, "transformer_2") == (0.125, 1.0)
+
+
+@pytest.fixture(scope="module")
+def faint(home):
+    """Of each family a folder in bf16, and a run whose adapters change its kernels by less than bf16 can add to 1."""
+    made = {}
+    for family in FAMILIES:
+        folder, run = home / family / "narrow", home / family / "faint"
+        convert.convert(home / family / "published", folder, "bfloat16", None)
+        model, params, _ = Store(folder).read("transformer")
+        boxed = abstract(model, of_model(model))
+        own = sharding.unboxed(lora.born(boxed, 2, lora.TARGETS, jax.random.key(0)))
+        own = jax.tree.map(lambda x: 2e-2 * jax.random.normal(jax.random.key(x.size), x.shape), own)
+        config = {"objective": {"kind": "finetune"}, "weights": str(folder), "component": "transformer"}
+        config["lora"] = {"rank": 2, "alpha": 4.0, "targets": list(lora.TARGETS)}
+        with checkpoint.Checkpoints(run / checkpoint.SUBDIR) as kept:
+            kept.save(1, {"ema": {"velocity": own}}, {"config": config}, wait=True)
+        made[family] = model, params, lora.scaled(own, 2.0), *tune.tuned(run)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_narrow_parameters_act_where_their_sum_would_be_rounded_away(faint, family):
+    model, params, own, folder, run = faint[family]
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    given = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), of_model(model).inputs(model))
+    apply = jax.jit(model.apply)
+    before, wanted = (apply({"params": one}, *given) for one in (wide, lora.merged(wide, own)))
+    with Store(folder, tuned=run).variables("transformer") as (_, variables):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"bfloat16"}
+        ours = apply(variables, *given)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
+    change = np.std(wanted - before)
+    assert change > 0
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-2 * change)
+
+
+def test_a_merge_adds_in_fp32_and_rounds_once(faint, tmp_path):
+    _, params, own, folder, run = faint["wan"]
+    wanted = tables.flat(lora.merged(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), own))
+    for dtype in (None, "float32"):
+        tune.merge(folder, run, tmp_path / str(dtype), dtype)
+        tree, *_ = checkpoint.load(tmp_path / str(dtype) / "transformer", items="ema")
+        for path, leaf in tables.flat(tree["model"]).items():
+            near = np.abs(np.asarray(leaf, np.float32) - wanted[path])
+            assert leaf.dtype == (dtype or "bfloat16")
+            assert (near <= (1e-6 if dtype else 2**-8) * np.abs(wanted[path]) + 1e-9).all(), (dtype, path)
+
+
+def test_adapters_beside_a_model_give_its_videos_on_one_device_and_eight(faint):
+    *_, folder, run = faint["wan"]
+    options = dict(frames=5, size=(32, 32), steps=1, cfg=(1.0,))
+    wheres = None, layouts.find("fsdp_tp", 8)
+    one, eight = (OpenSampler(Store(folder, tuned=run, where=where))([CAPTIONS[0]], **options) for where in wheres)
+    assert np.abs(one.astype(int) - eight.astype(int)).max() <= 1
+
+
+def test_a_component_that_is_a_path_is_refused(faint, home):
+    shutil.copytree(faint["wan"][-1].run, home / "path")
+    meta = next((home / "path" / "checkpoints").glob("*/meta.json"))
+    meta.write_text(meta.read_text().replace('"component": "transformer"', '"component": "../x"'))
+    with pytest.raises(UserError, match="component of its config is '../x', which is no plain name"):
+        tune.tuned(home / "path")
 
 
 def config_of(home, *flags, arg="own"):

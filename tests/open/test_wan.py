@@ -130,6 +130,21 @@ def test_an_image_is_asked_for_where_it_is_needed_and_refused_where_it_is_not(pa
         wan.condition(pairs("text")[1].store, picture, 5, SIZE)
 
 
+def test_a_size_that_does_not_fit_is_said_in_pixels(pairs):
+    sampler = pairs("text")[1]
+    for size, near in (((1080, 1920), "1088x1920"), ((32, 60), "32x64"), ((8, 64), "16x64")):
+        with pytest.raises(UserError, match=f"patches of 16x16 pixels; the nearest that does is {near}"):
+            sampler.latent_shape(5, size)
+
+
+def test_what_would_have_no_effect_is_refused(pairs):
+    sampler, options = pairs("text")[1], dict(frames=5, size=SIZE, steps=1)
+    with pytest.raises(UserError, match="--guidance .* no Wan is one: give --cfg"):
+        sampler(PROMPTS[:1], guidance=6.0, **options)
+    with pytest.raises(UserError, match="--negative has no effect at --cfg 1"):
+        sampler(PROMPTS[:1], negative="blurry", cfg=(1.0,), **options)
+
+
 def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path, capsys):
     folder = pairs("image")[1].store.folder
     Image.fromarray(picture).save(tmp_path / "first.png")
@@ -142,6 +157,7 @@ def test_the_command_line_makes_a_video_of_an_image(pairs, picture, tmp_path, ca
     missing = [*asked[:5], tmp_path / "none.png", *asked[6:]]
     for wrong, said in (
         ([*asked, "--batch", "2"], "--batch is for models trained here"),
+        ([*asked, "--weights", "ema"], "--weights is for runs trained here"),
         (missing, "none.png cannot be read as a picture"),
     ):
         with pytest.raises(SystemExit) as stopped:

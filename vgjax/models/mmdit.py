@@ -58,6 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
     ),
 }
 
+REFINER_RATIO = 4  # of the text refiner's MLP, whatever `mlp_ratio` is, as published
 Tokens = Float[Array, "b n d"]
 Streams = tuple[Tokens, Float[Array, "b m d"]]
 
@@ -139,7 +140,8 @@ class MMDiT(nn.Module):
         condition = jax.nn.silu(condition)
 
         x = Linear(self.dim, (None, "embed"), dtype=self.dtype, name="patches")(x)
-        c = TextRefiner(self.dim, self.refiner_blocks, block, stack, name="refiner")(c, of_c, t)
+        refiner = block | {"inner": REFINER_RATIO * self.dim}
+        c = TextRefiner(self.dim, self.refiner_blocks, refiner, stack, name="refiner")(c, of_c, t)
         if self.absolute:
             x = x + Linear(self.dim, (None, "embed"), dtype=self.dtype, name="places")(rope.waves(places, 16))
         x, c = (shard(y.astype(self.stream or self.dtype), "batch", "tokens", None) for y in (x, c))

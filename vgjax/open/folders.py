@@ -69,8 +69,11 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     if indices:
         index = [path for path in indices if "." not in path.name.removesuffix(INDEX)] or indices
         files: dict[Path, set[str] | None] = {}
-        for name, file in read_json(index[0]).get("weight_map", {}).items():
-            files.setdefault(folder / file, set()).add(name)
+        places = read_json(index[0]).get("weight_map", {})
+        if not isinstance(places, dict):
+            raise UserError(f"{index[0]}: weight_map is a {type(places).__name__}, not an object: download it again")
+        for name, file in places.items():
+            files.setdefault(folder / inside(file, index[0], f"weight_map.{name}"), set()).add(name)
         if absent := sorted(path.name for path in files if not path.is_file()):
             raise UserError(f"{folder} lacks {', '.join(absent)}, which {index[0].name} names: download them")
         return files
@@ -83,6 +86,19 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         why = f"only {pickles[0]}, and a pickle can run any code of its author" if pickles else "no weights"
         raise UserError(f"{folder} holds {why}: get the safetensors of this model")
     return {plain[0]: None}
+
+
+def inside(name: Any, file: Path, key: str) -> str:
+    """`name`, which `key` of `file` gives, where it is one plain name inside the folder; else a `UserError`.
+
+    A symbolic link of this name may leave the folder: whoever made it owns the disk, and not whoever wrote the file.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise UserError(
+            f"{file}: {key} is {name!r}, which is no plain name of a file or folder beside it: get this model from "
+            "someone you trust"
+        )
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:

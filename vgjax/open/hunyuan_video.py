@@ -35,6 +35,8 @@ SKIPPED = 2  # blocks of Llama behind the state that is taken
 
 def settings(store: Store, **given: Any) -> Settings:
     """Those of the paper and of the published pipeline; guidance 6 is told to the model, not computed."""
+    if "guidance" in given and not store.published("transformer")["guidance_embeds"]:
+        raise UserError(f"--guidance has no effect: {store.folder} is not guidance-distilled; give --cfg instead")
     base = Settings(50, (1.0,), 6.0, 129, (720, 1280), 24.0, schedule.stepper(store.scheduler))
     return dataclasses.replace(base, **given)
 

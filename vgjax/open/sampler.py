@@ -22,7 +22,7 @@ from vgjax.open.stage import Settings
 from vgjax.open.store import INDEX, Store
 from vgjax.open.texts import Texts, embed
 from vgjax.parallel.distributed import fetch
-from vgjax.typing import Array, Float, Params, PyTree, UInt8
+from vgjax.typing import Array, Float, PyTree, UInt8
 
 FAMILIES = {"HunyuanVideoPipeline": hunyuan_video, "WanPipeline": wan, "WanImageToVideoPipeline": wan}
 
@@ -62,6 +62,11 @@ class OpenSampler:
         """
         family, store = self.family, self.store
         use = family.settings(store, **changed)
+        if negative is not None and all(scale == 1.0 for scale in use.cfg):
+            raise UserError(
+                "--negative has no effect at --cfg 1, which guides away from nothing: give --cfg above 1 (twice the "
+                "time), or leave --negative out"
+            )
         shape = self.latent_shape(use.frames, use.size)
         texts = self.embed(prompts, use, negative)
         given = family.condition(store, image, use.frames, use.size)
@@ -77,8 +82,16 @@ class OpenSampler:
 
     def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """`t h w c` of a video's latents; a `UserError` for a size that the models cannot make."""
-        shape = self.store.module(self.store.published("vae"), "vae").latent_shape(frames, *size)
-        self.store.module(self.store.published("transformer"), "transformer").tokens(shape[:3])
+        vae, model = (self.store.module(self.store.published(name), name) for name in ("vae", "transformer"))
+        height, width = units = [vae.space_factor * patch for patch in model.patch[1:]]
+        if any(side < unit or side % unit for side, unit in zip(size, units, strict=True)):
+            near = (max(unit, unit * round(side / unit)) for side, unit in zip(size, units, strict=True))
+            raise UserError(
+                f"a video of {'x'.join(map(str, size))} pixels (height x width) does not divide into patches of "
+                f"{height}x{width} pixels; the nearest that does is {'x'.join(map(str, near))}"
+            )
+        shape = vae.latent_shape(frames, *size)
+        model.tokens(shape[:3])
         return shape
 
     def latents(
@@ -104,13 +117,13 @@ class OpenSampler:
         for stage in family.stages(self.store, use):
             if len(stage.schedule.times) < 2:
                 continue
-            with self.store.here(), self.store.model(stage.name) as (model, params, _):
+            with self.store.here(), self.store.variables(stage.name) as (model, variables):
                 for i, (x, state) in enumerate(each):
                     own = texts[:1] if stage.cfg == 1.0 else texts
                     both = jax.tree.map(lambda *a, i=i: np.stack([one[i] for one in a]), *own)
                     told = family.velocity, model, use, stage.cfg
                     times = stage.schedule.times, stage.schedule.told
-                    each[i] = fetch(follow(*told, params, both, given, x, keys[i : i + 1], state, *times))
+                    each[i] = fetch(follow(*told, variables, both, given, x, keys[i : i + 1], state, *times))
         return family.finished(jnp.concatenate([x for x, _ in each]), given)
 
     def decode(self, z: Float[Array, "n t h w c"], tile: int = 0) -> UInt8[np.ndarray, "n s i j 3"]:
@@ -137,7 +150,7 @@ def follow(
     model: Any,
     use: Settings,
     cfg: float,
-    params: Params,
+    variables: PyTree,
     texts: PyTree,
     given: PyTree,
     x: Array,
@@ -150,7 +163,7 @@ def follow(
 
     With guidance the texts are doubled, the prompts first. keys: their data, one a sample; state: None at the start.
     """
-    v = retimed(velocity(model, {"params": params}, texts, use.guidance, given), times, told)
+    v = retimed(velocity(model, variables, texts, use.guidance, given), times, told)
     v = guide(v, cfg, use.interval, use.rescale) if cfg != 1.0 else v
     stepper, x = named(use.stepper), x.astype(jnp.float32)
     # What one model remembers means nothing to the next.

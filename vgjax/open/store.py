@@ -44,6 +44,37 @@ READERS: dict[str, tuple[type[nn.Module], ModuleType, str]] = {
 }
 
 
+def index_of(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline; a `UserError` where a key could not be a folder inside it."""
+    found = folders.read_json(folder / INDEX)
+    for name in found:
+        folders.inside(name, folder / INDEX, "a key")
+    return found
+
+
+def parts_of(folder: Path) -> dict[str, str]:
+    """The class of every part of a pipeline that its model_index.json names, by the part's folder."""
+    held = {name: held for name, held in index_of(folder).items() if isinstance(held, list) and len(held) == 2}
+    return {name: kind for name, (_, kind) in held.items() if kind}
+
+
+def tokenized(folder: Path, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask by a tokenizer of transformers, from its files alone: padded and cut to `length`."""
+    import transformers
+
+    try:
+        # Of T5's vocabulary alone transformers does not tell whose it is.
+        said = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+        alone = (folder / "spiece.model").is_file() and not said
+        kind = transformers.T5Tokenizer if alone else transformers.AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    except Exception as error:  # damaged files raise what they like there, a bare Exception too
+        said = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no tokenizer that transformers can use ({said}): download it again") from error
+    return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
+
+
 def reader(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], ModuleType, str]:
     """The row of `READERS` for a config.json."""
     name = folders.class_of(config, where)
@@ -95,7 +126,7 @@ class Store:
 
     @property
     def index(self) -> dict[str, Any]:
-        return folders.read_json(self.folder / INDEX)
+        return index_of(self.folder)
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -119,14 +150,7 @@ class Store:
 
     def tokens(self, name: str, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask by a tokenizer of transformers, from its files alone: padded and cut to `length`."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name} holds no tokenizer that transformers can read: {error}") from error
-        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
-        return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
+        return tokenized(self.folder / name, texts, length)
 
     def module(self, config: Mapping[str, Any], name: str, **changed: Any) -> nn.Module:
         """Our module of a published config, with some fields changed."""
@@ -150,22 +174,47 @@ class Store:
         """(module with some fields changed, its parameters, its checkpoint's meta).
 
         With fewer `blocks` than were published the first of them are taken. A model that was finetuned is read from
-        its run; adapters are merged.
+        its run; adapters are merged, and the kernels that they adapt are fp32.
         """
+        module, params, own, meta = self.apart(name, **changed)
+        return module, params if own is None else self.merged(params, own, jnp.float32), meta
+
+    @contextlib.contextmanager
+    def variables(self, name: str) -> Iterator[tuple[nn.Module, dict[str, PyTree]]]:
+        """(module, its collections of parameters, which are gone afterwards): what it computes with.
+
+        Adapters are merged where parameters and matmuls are fp32. Else they stay beside the kernels, as in training:
+        a sum in bf16 would round away what is smaller than 2^-8 of a kernel's number.
+        """
+        module, params, own, _ = self.apart(name)
+        held = {"params": params} | ({} if own is None else {"lora": own})
+        wide = all(np.dtype(one) == np.float32 for one in (self.dtype, *(leaf.dtype for leaf in jax.tree.leaves(held))))
+        if own is not None and wide:
+            held = {"params": self.merged(params, own)}
+        try:
+            yield module, held
+        finally:
+            for leaf in jax.tree.leaves(held):
+                leaf.delete()
+
+    def merged(self, params: PyTree, own: PyTree, dtype: Dtype | None = None) -> PyTree:
+        """The parameters with the products of the adapters `own` added in fp32; see `nn.lora.merged`."""
+        placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+        return jax.jit(functools.partial(lora.merged, dtype=dtype), out_shardings=placed)(params, own)
+
+    def apart(self, name: str, **changed: Any) -> tuple[nn.Module, PyTree, PyTree | None, dict[str, Any]]:
+        """(module, its parameters, scaled adapters that a run learned beside them or None, its checkpoint's meta)."""
         meta = checkpoint.meta(self.folder / name)
         module = self.module(meta["published"], name, **changed)
         boxed = abstract(module, reader(meta["published"], self.folder / name)[1])
         tuned = self.tuned if self.tuned and self.tuned.component == name else None
         if tuned is None:
-            return module, self._read(self.folder / name, "ema", boxed), meta
+            return module, self._read(self.folder / name, "ema", boxed), None, meta
         if tuned.lora is None:
-            return module, self._read(tuned.run, tuned.weights, boxed), meta
+            return module, self._read(tuned.run, tuned.weights, boxed), None, meta
         born = functools.partial(lora.born, boxed, tuned.lora.rank, tuned.lora.targets)
         own = self._read(tuned.run, tuned.weights, jax.eval_shape(born, jax.random.key(0)))
-        params = self._read(self.folder / name, "ema", boxed)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-        merge = jax.jit(lambda p, own: lora.merged(p, lora.scaled(own, tuned.lora.scale)), out_shardings=placed)
-        return module, merge(params, own), meta
+        return module, self._read(self.folder / name, "ema", boxed), lora.scaled(own, tuned.lora.scale), meta
 
     def _read(self, path: Path, item: str, boxed: PyTree) -> PyTree:
         """The leaves of a checkpoint's only model that `boxed` names, each in its place."""

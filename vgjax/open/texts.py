@@ -6,6 +6,7 @@ behind a text are zeros.
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def embed(store: Store, family: Any, prompts: Sequence[str], keep: bool = True) 
     """`(c, mask, vec)` of prompts. What is new among them is computed, and kept where the folder can be written."""
     wanted = [family.clean(prompt) for prompt in prompts]
     keep = keep and jax.process_count() == 1  # processes compute together, or not at all
-    own = identity(store, "text_encoder*", "tokenizer*") if keep else ""
+    own = reading(store, family) if keep else ""
     found: dict[str, Text] = {}
     for text in dict.fromkeys(wanted):
         if keep and (kept := _read(_file(store, own, text))) is not None:
@@ -72,6 +73,16 @@ def identity(store: Store, *names: str) -> str:
         for file in sorted(files):
             total.update(f"{file.relative_to(store.folder)} ".encode() + file.read_bytes())
     return total.hexdigest()
+
+
+def reading(store: Store, family: Any) -> str:
+    """sha256 of what embeddings depend on beside the text: the encoders and tokenizers, and how the family uses them.
+
+    Of the family all its constants count (template, crop, lengths, skipped blocks), so that none can be left out.
+    """
+    constants = {name: value for name, value in vars(family).items() if name.isupper() and isinstance(value, str | int)}
+    said = json.dumps([identity(store, "text_encoder*", "tokenizer*"), sorted(constants.items())])
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _file(store: Store, own: str, text: str) -> Path:

@@ -40,6 +40,8 @@ NEGATIVE = (
 
 def settings(store: Store, **given: Any) -> Settings:
     """Those published: 50 steps, scale 5; with two experts 40 steps and the scales of high and low noise."""
+    if "guidance" in given:
+        raise UserError("--guidance is told to guidance-distilled models alone, and no Wan is one: give --cfg instead")
     image = "ImageToVideo" in store.index["_class_name"]
     base = Settings(50, (5.0,), 1.0, 81, (480, 832), 16.0, schedule.stepper(store.scheduler))
     if two(store):

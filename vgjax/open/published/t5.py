@@ -11,10 +11,11 @@ from vgjax.open.tables import Part, Table, expect, heads, linear, merge, norm
 
 # What a file may hold beyond the tensors of the encoder.
 IGNORED: tuple[str, ...] = (
-    "encoder.embed_tokens.",  # the same numbers as shared.weight, which is read
+    "encoder.embed_tokens.",  # the same numbers as shared.weight, which is read where both are there
     "decoder.",  # of whole T5s
     "lm_head.",
 )
+PREFIXES = ("shared.", "encoder.embed_tokens.")  # of the embedding: tied, so that files may hold either alone
 
 
 def inputs(model: T5Encoder) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -37,10 +38,13 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def weights(model: T5Encoder) -> Table:
-    """The tensors of transformers' T5EncoderModel, or of UMT5EncoderModel where every block has its bias."""
+def weights(model: T5Encoder, prefix: str = PREFIXES[0]) -> Table:
+    """The tensors of transformers' T5EncoderModel, or of UMT5EncoderModel where every block has its bias.
+
+    prefix: of the embedding's name.
+    """
     theirs, ours = "encoder.block.{}.layer", "blocks/block"
-    table: Table = {"shared.weight": Part("embedding")} | norm("encoder.final_layer_norm", "norm", bias=False)
+    table: Table = {f"{prefix}weight": Part("embedding")} | norm("encoder.final_layer_norm", "norm", bias=False)
     first, owner = ("0", "bias") if model.shared_bias else ("{}", f"{ours}/bias")
     of_bias = f"encoder.block.{first}.layer.0.SelfAttention.relative_attention_bias.weight"
     table[of_bias] = Part(f"{owner}/table")
