@@ -106,11 +106,12 @@ def main(argv: list[str]) -> None:
     plan = experiment.call("config.train", Schedule, config.train)
     layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
     ready = distributed.preflight(config.to_dict(), checkpoint.versions(), mesh)
-    config, of_vae, frozen = experiment.prepared(config, workdir)
-    built = experiment.build(config, of_vae)
-    distributed.say(ready)
-    held = alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with sharding.use(layout, mesh), held, distributed.peers():
+    with contextlib.ExitStack() as held, distributed.peers():
+        distributed.agreed(lambda: held.enter_context(alone(workdir)))
+        config, of_vae, frozen = experiment.prepared(config, workdir)
+        built = experiment.build(config, of_vae)
+        distributed.say(ready)
+        held.enter_context(sharding.use(layout, mesh))
         check(built, plan)
         if jax.process_index() == 0:
             with writing(workdir):

@@ -72,7 +72,7 @@ def abstract(module: nn.Module, of_model: ModuleType) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A run that went on training a component of a folder, and which of its weights to take: `ema` or `params`."""
+    """A step of a run that went on training a component of a folder, and which of its weights: `ema` or `params`."""
 
     run: Path
     component: str
@@ -152,17 +152,18 @@ class Store:
         With fewer `blocks` than were published the first of them are taken. A model that was finetuned is read from
         its run; adapters are merged.
         """
-        meta = checkpoint.meta(self.folder / name)
+        step = checkpoint.newest(self.folder / name)
+        meta = checkpoint.meta(step)
         module = self.module(meta["published"], name, **changed)
         boxed = abstract(module, reader(meta["published"], self.folder / name)[1])
         tuned = self.tuned if self.tuned and self.tuned.component == name else None
         if tuned is None:
-            return module, self._read(self.folder / name, "ema", boxed), meta
+            return module, self._read(step, "ema", boxed), meta
         if tuned.lora is None:
             return module, self._read(tuned.run, tuned.weights, boxed), meta
         born = functools.partial(lora.born, boxed, tuned.lora.rank, tuned.lora.targets)
         own = self._read(tuned.run, tuned.weights, jax.eval_shape(born, jax.random.key(0)))
-        params = self._read(self.folder / name, "ema", boxed)
+        params = self._read(step, "ema", boxed)
         placed = jax.tree.map(lambda leaf: leaf.sharding, params)
         merge = jax.jit(lambda p, own: lora.merged(p, lora.scaled(own, tuned.lora.scale)), out_shardings=placed)
         return module, merge(params, own), meta

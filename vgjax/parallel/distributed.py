@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,28 @@ def first() -> Iterator[None]:
     yield
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("first")
+
+
+def agreed(decide: Callable[[], Any]) -> Any:
+    """What process 0 decides, as JSON has it, on all processes of the job, which call this together.
+
+    A `UserError` of its decision is raised on all of them, so that the job ends with one exit code.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    said = b""
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except UserError as error:
+            answer = {"kind": type(error).__name__, "error": str(error)}
+        said = json.dumps(answer).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    padded = np.frombuffer(said.ljust(size, b"\0"), np.uint8)
+    answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if "error" in answer:
+        raise getattr(errors, answer["kind"])(answer["error"])
+    return answer["value"]
 
 
 class Stop:
