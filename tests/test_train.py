@@ -349,6 +349,21 @@ def test_nothing_in_a_workdir_is_touched_before_it_is_held(trained, tmp_path, mo
     assert not list((tmp_path / "dit").iterdir())
 
 
+def test_another_batch_goes_on_at_the_same_sample_or_is_refused(trained):
+    from types import SimpleNamespace
+
+    from vgjax import train
+
+    def resumed(batch):
+        saved = {"data": {"seed": 0, "samples": 24}, "config": {"train": {"batch": 4}}}
+        checkpoints = SimpleNamespace(restore=lambda _: (None, saved, 6), directory="run/checkpoints")
+        return train.restored(checkpoints, None, SimpleNamespace(seed=0, train=SimpleNamespace(batch=batch)))
+
+    assert [resumed(batch)[1] // batch for batch in (4, 8, 3)] == [6, 3, 8]
+    with pytest.raises(errors.UserError, match="batch=5: .* behind 24 samples, no multiple of it: go on with 4"):
+        resumed(5)
+
+
 def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp_path, capsys):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config(:")

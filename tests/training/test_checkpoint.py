@@ -97,6 +97,22 @@ def test_digest_sees_one_bit_a_dtype_a_shape_and_a_name():
     assert digest(tree) == digest({"a": jnp.zeros((2, 3))})
 
 
+def test_the_digest_of_what_lies_in_other_processes_is_that_of_the_whole(monkeypatch):
+    """Large leaves are never whole on a process: no more than `GATHERED` bytes of one, or a row."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    value = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) * -1.0  # with a -0.0
+    tree = {
+        str(spec): jax.device_put(value.astype(kind), NamedSharding(mesh, PartitionSpec(*spec)))
+        for spec, kind in {("fsdp", "data"): "float32", (None, "fsdp"): "bfloat16", ("data",): "int8"}.items()
+    }
+    expected, sizes = digest(tree), []
+    monkeypatch.setattr(distributed, "_near", lambda leaf: False)
+    monkeypatch.setattr(distributed, "GATHERED", 100)
+    join = lambda part, is_source: sizes.append(part.nbytes) or part  # noqa: E731
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", join)
+    assert digest(tree) == expected and max(sizes) <= 100
+
+
 def test_sharded_state_is_restored_onto_other_meshes_and_onto_one_device(tmp_path):
     meshes = [jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2) for shape in ((2, 4), (8, 1))]
     value = jnp.arange(64.0 * 8).reshape(64, 8)

@@ -34,7 +34,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from vgjax.data.storage import MANIFEST, fsync, reason, seal, sealed, verify, writing
 from vgjax.errors import StorageError, UserError
-from vgjax.parallel.distributed import agreed, first, gathered
+from vgjax.parallel.distributed import agreed, first, streamed
 from vgjax.typing import PyTree
 
 SUBDIR = "checkpoints"  # of a training workdir
@@ -279,9 +279,10 @@ def digest(tree: PyTree) -> str:
     total = hashlib.sha256()
     named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     paths = sorted(named)
-    for path, leaf in zip(paths, gathered([named[path] for path in paths]), strict=True):
-        total.update(f"{path} {leaf.dtype.name} {leaf.shape} ".encode())
-        total.update(leaf.tobytes())
+    for path, parts in zip(paths, streamed([named[path] for path in paths]), strict=True):
+        total.update(f"{path} {np.dtype(named[path].dtype).name} {named[path].shape} ".encode())
+        for part in parts:
+            total.update(part.tobytes())
     return total.hexdigest()
 
 
