@@ -14,8 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 from vgjax.errors import PREEMPTED, RESTARTABLE
 
@@ -44,8 +46,18 @@ def main() -> int:
 
 
 def run(count: int, command: list[str], asked: list[int], grace: float) -> int:
-    """Starts the processes and waits for them: 0, or the exit code of the first that ended otherwise."""
+    """Starts the processes and waits for them: 0, or the exit code of the first that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        failure = Path(folder) / "failure"
+        code = watch(count, command, asked, grace, failure)
+        # Those that lost the first may have ended before it; one that was killed has written nothing.
+        return int(failure.read_text()) if code > 0 and failure.exists() else code
+
+
+def watch(count: int, command: list[str], asked: list[int], grace: float, failure: Path) -> int:
+    """The same, by the order in which the processes end; each is to write to `failure` why it fails."""
     where = {"VGJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "VGJAX_PROCESSES": str(count)}
+    where["VGJAX_FAILURE"] = str(failure)
     processes, relays = [], []
     for i in range(count):
         environment = {**os.environ, **where, "VGJAX_PROCESS": str(i), "PYTHONUNBUFFERED": "1"}

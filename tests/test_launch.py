@@ -218,6 +218,43 @@ def test_a_local_job_gives_up_after_its_restarts(local):
     assert said.count("starting all again") == 1
 
 
+def test_the_first_failure_says_how_a_job_ended_though_another_process_ends_before(tmp_path):
+    """Process 1 fails by bad input and has last words; process 0, which lost it, ends before it."""
+    sys.path.insert(0, str(LAUNCH))
+    from local import run
+
+    script = (
+        "import os, time\nfrom vgjax import errors\nown = int(os.environ['VGJAX_PROCESS'])\n"
+        "failure = os.environ['VGJAX_FAILURE']\nwhile not own and not os.path.exists(failure): time.sleep(0.01)\n"
+        "errors.record((6, 2)[own])\ntime.sleep(0.3 * own)\nos._exit((6, 2)[own])"
+    )
+    assert run(2, [sys.executable, "-c", script], [], 5.0) == USER
+
+
+@pytest.mark.parametrize(
+    ("first", "ended", "starts", "code", "again"),
+    [
+        (2, 137, 0, 2, False),
+        (6, 137, 0, 6, True),
+        ("", 137, 0, 137, True),
+        (6, 6, 20, 6, False),
+        (75, 75, 99, 75, True),
+    ],
+)
+def test_a_slurm_job_is_requeued_by_its_first_failure_and_not_for_ever(tmp_path, first, ended, starts, code, again):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "environment.sh").write_text("install() { :; }")
+    failed = f"printf %s {first} >$VGJAX_FAILURE\n" if first else ""
+    for name, script in {"srun": f"{failed}exit {ended}", "scontrol": "echo requeued"}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    own = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(starts), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    environment = os.environ | own | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "m"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == code and ("requeued" in ran.stdout) == again, ran.stderr
+    assert not list(tmp_path.glob(".failure*"))
+
+
 def test_a_local_job_passes_sigterm_on_and_says_that_it_was_preempted(local):
     job = local("wait")
     said = [job.stdout.readline() for _ in range(2)]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from vgjax.data import pipeline
 from vgjax.data.sources import Folder, Latents, LatentWriter
 from vgjax.data.storage import alone
 from vgjax.data.text import Bytes
-from vgjax.parallel import layouts
+from vgjax.parallel import distributed, layouts
 from vgjax.training import checkpoint
 from vgjax.training.program import read_config
 
@@ -296,6 +297,71 @@ def test_holding_a_workdir_renames_no_error_of_the_run(tmp_path):
         raise ConnectionResetError("of something else")
     with alone(tmp_path):  # and it is free again
         pass
+
+
+def test_the_kept_vae_is_used_and_another_one_is_refused(trained, tmp_path, monkeypatch):
+    workdir, vae = tmp_path / "dit", Path(shutil.copytree(trained / "vae", tmp_path / "vae"))
+    _, first = experiment.own_vae(str(vae), workdir)
+    steps = vae / checkpoint.SUBDIR
+    moved = Path(shutil.copytree(steps / "00000006", tmp_path / "moved"))
+    again = tmp_path / "again"  # the same weights, in other files
+    meta = checkpoint.meta(moved)
+    checkpoint.Checkpoints(again / checkpoint.SUBDIR).save(0, checkpoint.load(moved, ["ema"])[0], meta, wait=True)
+    for named in (vae, moved, again, workdir / "vae", tmp_path / "gone"):
+        _, kept = experiment.own_vae(str(named), workdir)
+        assert checkpoint.digest(kept) == checkpoint.digest(first)
+    with pytest.raises(errors.UserError, match=r"00000004 is another VAE than .*/dit/vae.* go on with --config.vae="):
+        experiment.own_vae(str(steps / "00000004"), workdir)
+
+
+def test_a_job_copies_the_vae_whole_or_not_at_all(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda x: x)
+    monkeypatch.setattr(experiment, "frozen_vae", lambda path: (None, checkpoint.meta(path)["stats"]))
+    own = tmp_path / "dit" / "vae"
+    own.parent.mkdir()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as moment, pytest.raises(KeyboardInterrupt):
+        moment.setattr(experiment, "fsync", killed)
+        experiment.own_vae(str(trained / "vae"), own.parent)
+    assert not own.exists()
+    experiment.own_vae(str(trained / "vae"), own.parent)
+    assert checkpoint.meta(own)["step"] == 6 and [path.name for path in own.parent.iterdir()] == ["vae"]
+    experiment.own_vae(str(trained / "vae"), own.parent)
+
+
+def test_nothing_in_a_workdir_is_touched_before_it_is_held(trained, tmp_path, monkeypatch):
+    from vgjax import train
+
+    class Held(Exception):
+        pass
+
+    def refuse(_):
+        raise Held
+
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    monkeypatch.setattr(train, "alone", refuse)
+    with pytest.raises(Held):
+        train.main.__wrapped__(["train", *DIT, "--workdir", str(tmp_path / "dit")])
+    assert not list((tmp_path / "dit").iterdir())
+
+
+def test_another_batch_goes_on_at_the_same_sample_or_is_refused(trained):
+    from types import SimpleNamespace
+
+    from vgjax import train
+
+    def resumed(batch):
+        saved = {"data": {"seed": 0, "samples": 24}, "config": {"train": {"batch": 4}}}
+        checkpoints = SimpleNamespace(restore=lambda _: (None, saved, 6), directory="run/checkpoints")
+        return train.restored(checkpoints, None, SimpleNamespace(seed=0, train=SimpleNamespace(batch=batch)))
+
+    assert [resumed(batch)[1] // batch for batch in (4, 8, 3)] == [6, 3, 8]
+    with pytest.raises(errors.UserError, match="batch=5: .* behind 24 samples, no multiple of it: go on with 4"):
+        resumed(5)
 
 
 def test_a_broken_config_an_unwritable_workdir_and_an_empty_folder_are_named(tmp_path, capsys):

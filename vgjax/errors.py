@@ -5,7 +5,9 @@ A `UserError` is one sentence that a stranger can act on: what is wrong, where, 
 traceback. Schedulers restart on `RESTARTABLE` codes only.
 """
 
+import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,6 +23,16 @@ RESTARTABLE = (LOADER, HUNG, PREEMPTED)
 
 # How a failed process ends; a job of several processes sets another way, that does not wait for the rest of it.
 leave: Callable[[int], None] = sys.exit
+
+
+def record(code: int) -> None:
+    """Writes the code of a job's first failure to the file that its launcher names in VGJAX_FAILURE.
+
+    The processes that lose a failed one end with codes of their own, which would hide why the job ended.
+    """
+    if path := os.environ.get("VGJAX_FAILURE"):
+        with contextlib.suppress(OSError), open(path, "x") as file:
+            file.write(str(code))
 
 
 class UserError(ValueError):
@@ -72,6 +84,8 @@ def door(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None]
         except KeyboardInterrupt:
             print("error: interrupted; start the same command again to continue", file=sys.stderr, flush=True)
             code = 130
+        if code != OK:
+            record(code)
         if code not in (OK, PREEMPTED):
             leave(code)
         sys.exit(code)

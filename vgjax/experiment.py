@@ -6,6 +6,7 @@ callable, so an unknown key is refused with the list of known ones.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import shutil
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
+from vgjax.data.storage import MANIFEST, fsync, writing
 from vgjax.errors import UserError
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
@@ -290,21 +292,50 @@ def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
 
 
 def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:
-    """The frozen VAE of a flow, kept as `workdir/vae` from the first start on, so that the run never loses it."""
+    """The frozen VAE of a flow, kept as `workdir/vae` from the first start on, so that the run never loses it.
+
+    Whoever calls this holds the workdir. `UserError` where `path` is there and holds another VAE than the one kept.
+    """
     own = workdir / "vae"
-    if jax.process_count() > 1:  # where one process cannot save alone, the files are copied
-        with distributed.first():
-            if not own.exists():
-                newest = checkpoint.newest(Path(path).absolute())
-                shutil.copytree(newest, own / checkpoint.SUBDIR / newest.name)
-        return frozen_vae(own)
-    if (own / checkpoint.SUBDIR).is_dir() and checkpoint.Checkpoints(own / checkpoint.SUBDIR).steps():
-        return frozen_vae(own)
-    config, frozen = frozen_vae(path)
-    stats = [np.asarray(row).tolist() for row in frozen["stats"]]
-    copy = checkpoint.Checkpoints(own / checkpoint.SUBDIR)
-    copy.save(0, {"ema": {"vae": frozen["vae"]}}, {"config": config.to_dict(), "stats": stats}, wait=True)
+    if not distributed.agreed(lambda: bool(checkpoint.steps_at(own))):
+        step = checkpoint.newest(path)
+        config, frozen = frozen_vae(step)
+        if jax.process_count() > 1:  # where one process cannot save alone, the files are copied
+            distributed.agreed(lambda: _copy(step, own))
+            return config, frozen
+        stats = [np.asarray(row).tolist() for row in frozen["stats"]]
+        meta = {"config": config.to_dict(), "stats": stats, "copy_of": _identity(step)}
+        checkpoint.Checkpoints(own / checkpoint.SUBDIR).save(0, {"ema": {"vae": frozen["vae"]}}, meta, wait=True)
+        return config, frozen
+    step = checkpoint.newest(own)
+    config, frozen = frozen_vae(step)
+    known = (_identity(step), checkpoint.meta(step).get("copy_of"))
+    if distributed.agreed(lambda: any(_identity(named) not in known for named in checkpoint.steps_at(path)[:1])):
+        if checkpoint.digest(frozen_vae(path)[1]) != checkpoint.digest(frozen):
+            raise UserError(
+                f"config.vae={path} is another VAE than {own}, with which {workdir} is trained: go on with "
+                f"--config.vae={own}, or start in another workdir"
+            )
     return config, frozen
+
+
+def _identity(step: Path) -> str:
+    """sha256 of a step's manifest, which holds that of every file."""
+    manifest = step / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+
+
+def _copy(step: Path, own: Path) -> None:
+    """Copies a step as the only one of `own`, which is there whole or not at all."""
+    part = own.with_name(own.name + ".unfinished")
+    with writing(own):
+        for left in (part, own):
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(step, part / checkpoint.SUBDIR / step.name)
+        for entry in part.rglob("*"):
+            fsync(entry)
+        part.rename(own)
+        fsync(own.parent)
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:

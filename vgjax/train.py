@@ -106,11 +106,12 @@ def main(argv: list[str]) -> None:
     plan = experiment.call("config.train", Schedule, config.train)
     layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
     ready = distributed.preflight(config.to_dict(), checkpoint.versions(), mesh)
-    config, of_vae, frozen = experiment.prepared(config, workdir)
-    built = experiment.build(config, of_vae)
-    distributed.say(ready)
-    held = alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with sharding.use(layout, mesh), held, distributed.peers():
+    with contextlib.ExitStack() as held, distributed.peers():
+        distributed.agreed(lambda: held.enter_context(alone(workdir)))
+        config, of_vae, frozen = experiment.prepared(config, workdir)
+        built = experiment.build(config, of_vae)
+        distributed.say(ready)
+        held.enter_context(sharding.use(layout, mesh))
         check(built, plan)
         if jax.process_index() == 0:
             with writing(workdir):
@@ -158,7 +159,7 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
     fresh = checkpoints.latest() is None
     given, base = published(built, fresh, workdir, (layout, mesh))
-    now = init(given) if fresh else restored(checkpoints, abstract, config)
+    now, samples = (init(given), 0) if fresh else restored(checkpoints, abstract, config)
     frozen, given = sharding.replicate(frozen, mesh) | base, None
     advance = step.make(objective, optimizer, abstract, **of_step)
     start = int(now.step)
@@ -171,12 +172,13 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     show = evaluate.Show(built, frozen, functools.partial(first, source, how, rows, (layout, mesh)), log)
 
     def save(wait: bool) -> None:
-        position = {"seed": config.seed, "step": number, "samples": number * plan.batch}
+        position = {"seed": config.seed, "step": number, "samples": samples + (number - start) * plan.batch}
         meta = {"config": config.to_dict(), "data": position, **show.statistics(now.ema)}
         checkpoints.save(number, now, meta, wait=wait)
 
-    # 3. The steps. The data's position is the step, so nothing of the loader needs saving.
-    dog, own = distributed.Watchdog(plan.watchdog), pipeline.batches(source, **how, start_step=start, rows=rows)
+    # 3. The steps. The data's position is a count of samples, so nothing of the loader needs saving.
+    dog = distributed.Watchdog(plan.watchdog)
+    own = pipeline.batches(source, **how, start_step=samples // plan.batch, rows=rows)
     bad = BadFiles(how["bad_files"], settings=own.bad.settings)
     with log, contextlib.closing(own) as batches, checkpoints:
         for number in range(start + 1, plan.steps + 1):
@@ -201,8 +203,8 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
                     show.scores(number, now.ema)
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM; step {number} is saved: start the same command again to continue")
-    digest = checkpoint.digest(now)  # all processes: it gathers
-    distributed.say(f"done: step {int(now.step)}, state digest {digest}")
+    with dog.pause():  # all processes: the digest gathers
+        distributed.say(f"done: step {int(now.step)}, state digest {checkpoint.digest(now)}")
 
 
 def published(
@@ -226,8 +228,8 @@ def published(
     return (None, {"base": params}) if objective.lora else ({"velocity": params}, {})
 
 
-def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> state.TrainState:
-    """The newest good state, refused where the data would go on in another order than it began."""
+def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> tuple[state.TrainState, int]:
+    """(newest good state, samples drawn before it), refused where the data would not go on where it stopped."""
     now, meta, number = checkpoints.restore(abstract)
     before = meta["data"]["seed"]
     if before != config.seed:
@@ -235,7 +237,13 @@ def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any)
             f"{checkpoints.directory} was trained with config.seed={before} until step {number}, not {config.seed}: "
             "go on with that seed, or start in another workdir"
         )
-    return now
+    samples, batch = meta["data"]["samples"], config.train.batch
+    if samples % batch:
+        raise UserError(
+            f"config.train.batch={batch}: {checkpoints.directory} goes on behind {samples} samples, no multiple of it: "
+            f"go on with {meta['config']['train']['batch']}, or start in another workdir"
+        )
+    return now, samples
 
 
 def open_data(

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from vgjax.data import storage
 from vgjax.errors import StorageError, UserError
+from vgjax.parallel import distributed
 from vgjax.training import checkpoint
 from vgjax.training.checkpoint import Checkpoints, digest, load
 from vgjax.typing import PyTree
@@ -94,6 +95,22 @@ def test_digest_sees_one_bit_a_dtype_a_shape_and_a_name():
     others = [bit, {"a": np.zeros((2, 3), np.int32)}, {"a": np.zeros((3, 2), np.float32)}, {"b": tree["a"]}]
     assert len({digest(other) for other in [tree, *others]}) == 5
     assert digest(tree) == digest({"a": jnp.zeros((2, 3))})
+
+
+def test_the_digest_of_what_lies_in_other_processes_is_that_of_the_whole(monkeypatch):
+    """Large leaves are never whole on a process: no more than `GATHERED` bytes of one, or a row."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    value = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) * -1.0  # with a -0.0
+    tree = {
+        str(spec): jax.device_put(value.astype(kind), NamedSharding(mesh, PartitionSpec(*spec)))
+        for spec, kind in {("fsdp", "data"): "float32", (None, "fsdp"): "bfloat16", ("data",): "int8"}.items()
+    }
+    expected, sizes = digest(tree), []
+    monkeypatch.setattr(distributed, "_near", lambda leaf: False)
+    monkeypatch.setattr(distributed, "GATHERED", 100)
+    join = lambda part, is_source: sizes.append(part.nbytes) or part  # noqa: E731
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", join)
+    assert digest(tree) == expected and max(sizes) <= 100
 
 
 def test_sharded_state_is_restored_onto_other_meshes_and_onto_one_device(tmp_path):
@@ -299,7 +316,7 @@ def test_keep_last_and_keep_every_decide_what_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000030", "00000060", "00000070"]
 
 
-def test_a_full_disk_fails_the_next_call_and_leaves_older_steps(copy):
+def test_a_full_disk_fails_the_next_call_and_leaves_older_steps(copy, caplog):
     """The kernel refuses to write past the limit, as it does on a full disk, in whatever library the write happens."""
     saver = Checkpoints(copy, keep_last=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -309,6 +326,7 @@ def test_a_full_disk_fails_the_next_call_and_leaves_older_steps(copy):
         saver.save(3, big, {})
         with pytest.raises(StorageError, match="step 3 was not saved to .*; the steps saved before it are untouched"):
             saver.save(4, big, {})
+        assert not caplog.records  # of Orbax, which would print the same with three tracebacks
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saver.steps() == [1, 2] and not list(copy.glob("*.unfinished"))
@@ -335,6 +353,36 @@ def test_a_background_failure_surfaces_at_the_next_call(call, copy, monkeypatch)
     saver.finish()  # told once
 
 
+def test_the_error_in_flight_is_not_replaced_by_that_of_a_save(copy, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "seal", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk is full")))
+    with pytest.raises(UserError, match="the first"), Checkpoints(copy) as saver:
+        saver.save(3, state(3), META)
+        raise UserError("the first")
+    assert "step 3 was not saved" in capsys.readouterr().err
+    with pytest.raises(StorageError, match="step 3 was not saved"), Checkpoints(copy) as saver:
+        saver.save(3, state(3), META)
+
+
+def test_in_a_job_one_process_verifies_a_step_once_and_tells_the_others(copy, monkeypatch):
+    said, verified, real = [], [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: verified.append(folder.name) or real(folder))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda x: said.append(np.array(x)) or x)
+    (copy / "00000002" / "state" / "manifest.ocdbt").unlink(missing_ok=True)
+    (copy / "00000002" / checkpoint.META).write_text("{}")
+    assert [checkpoint.newest(copy).name for _ in range(2)] == ["00000001"] * 2
+    assert verified == ["00000002", "00000001"]
+    with pytest.raises(StorageError, match="meta.json has 2 bytes"):
+        checkpoint.newest(copy / "00000002")
+    told = iter(said)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda _: next(told))
+    monkeypatch.setattr(checkpoint, "verify", None)
+    assert [checkpoint.newest(copy).name for _ in range(2)] == ["00000001"] * 2
+    with pytest.raises(StorageError, match="meta.json has 2 bytes"):
+        checkpoint.newest(copy / "00000002")
+
+
 def test_a_directory_that_cannot_be_written_is_told_with_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write to .*file/checkpoints: Not a directory"):
@@ -353,17 +401,27 @@ def test_load_needs_no_structure_and_reads_only_what_is_asked_for(two_steps, tmp
     assert digest(whole) == digest(state(1)) and step == 1
 
 
-def test_workdir_is_found_from_everything_that_load_accepts(tmp_path):
-    steps = tmp_path / checkpoint.SUBDIR
-    for path in (tmp_path, steps, steps / "00000002", steps / "damaged" / "00000002-1"):
-        assert checkpoint.workdir_of(path) == tmp_path
-    assert checkpoint.workdir_of(tmp_path / "elsewhere" / "00000002") == tmp_path / "elsewhere" / "00000002"
+def test_workdir_is_found_from_everything_that_load_accepts(two_steps, tmp_path):
+    """By what lies there, whatever the folders above are called."""
+    shelf = tmp_path / checkpoint.SUBDIR
+    for run in (tmp_path / "run", shelf / "run", shelf / checkpoint.SUBDIR / checkpoint.SUBDIR):
+        steps = Path(shutil.copytree(two_steps, run / checkpoint.SUBDIR))
+        shutil.copytree(steps / "00000002", steps / "damaged" / "00000002-1")
+        for path in (run, steps, steps / "00000002", steps / "damaged" / "00000002-1"):
+            assert checkpoint.workdir_of(path) == run
+            assert checkpoint.meta(path)["step"] == load(path, "ema")[2] == 2
+    elsewhere = Path(shutil.copytree(two_steps, tmp_path / "elsewhere"))
+    assert checkpoint.workdir_of(elsewhere / "00000002") == elsewhere / "00000002"
+    assert checkpoint.workdir_of(elsewhere) == elsewhere
+    with pytest.raises(UserError, match="holds no vgjax checkpoint"):
+        checkpoint.meta(shelf / "run" / checkpoint.SUBDIR / "damaged")
 
 
 def test_load_of_a_damaged_newest_step_takes_the_older_one_and_moves_nothing(copy, capsys):
     (copy / "00000002" / checkpoint.META).write_text("{}")
     assert load(copy, "ema")[2] == 1
     assert "meta.json has 2 bytes instead of" in capsys.readouterr().err
+    assert checkpoint.meta(copy)["step"] == 1  # weights and config are of one step
     assert (copy / "00000002").exists()
     with pytest.raises(StorageError, match="meta.json has 2 bytes"):
         load(copy / "00000002", "ema")

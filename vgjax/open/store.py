@@ -103,7 +103,7 @@ def abstract(module: nn.Module, of_model: ModuleType) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A run that went on training a component of a folder, and which of its weights to take: `ema` or `params`."""
+    """A step of a run that went on training a component of a folder, and which of its weights: `ema` or `params`."""
 
     run: Path
     component: str
@@ -204,17 +204,18 @@ class Store:
 
     def apart(self, name: str, **changed: Any) -> tuple[nn.Module, PyTree, PyTree | None, dict[str, Any]]:
         """(module, its parameters, scaled adapters that a run learned beside them or None, its checkpoint's meta)."""
-        meta = checkpoint.meta(self.folder / name)
+        step = checkpoint.newest(self.folder / name)
+        meta = checkpoint.meta(step)
         module = self.module(meta["published"], name, **changed)
         boxed = abstract(module, reader(meta["published"], self.folder / name)[1])
         tuned = self.tuned if self.tuned and self.tuned.component == name else None
         if tuned is None:
-            return module, self._read(self.folder / name, "ema", boxed), None, meta
+            return module, self._read(step, "ema", boxed), None, meta
         if tuned.lora is None:
             return module, self._read(tuned.run, tuned.weights, boxed), None, meta
         born = functools.partial(lora.born, boxed, tuned.lora.rank, tuned.lora.targets)
         own = self._read(tuned.run, tuned.weights, jax.eval_shape(born, jax.random.key(0)))
-        return module, self._read(self.folder / name, "ema", boxed), lora.scaled(own, tuned.lora.scale), meta
+        return module, self._read(step, "ema", boxed), lora.scaled(own, tuned.lora.scale), meta
 
     def _read(self, path: Path, item: str, boxed: PyTree) -> PyTree:
         """The leaves of a checkpoint's only model that `boxed` names, each in its place."""

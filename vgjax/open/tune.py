@@ -62,7 +62,8 @@ def served(store: Store, name: str) -> tuple[float, float]:
 def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
     """(converted folder, what the run made of a model of it), or None where `run` is no finetuning."""
     try:
-        config = checkpoint.meta(run)["config"]
+        step = checkpoint.newest(run)
+        config = checkpoint.meta(step)["config"]
     except UserError:
         return None
     if config.get("objective", {}).get("kind") != "finetune":
@@ -74,7 +75,7 @@ def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
         )
     folders.inside(config["component"], run, "component of its config")
     section = {key: plain(value) for key, value in config["lora"].items()}
-    return folder, Tuned(run, config["component"], Lora(**section) if section["rank"] else None, weights)
+    return folder, Tuned(step, config["component"], Lora(**section) if section["rank"] else None, weights)
 
 
 def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:

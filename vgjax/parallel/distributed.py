@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def _fail_alone() -> None:
     """A failed process of a job ends at once: a clean exit waits for all others, which wait for it."""
 
     def leave(code: int) -> None:
+        errors.record(code)
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:
@@ -156,6 +157,28 @@ def first() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
+def agreed(decide: Callable[[], Any]) -> Any:
+    """What process 0 decides, as JSON has it, on all processes of the job, which call this together.
+
+    A `UserError` of its decision is raised on all of them, so that the job ends with one exit code.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    said = b""
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except UserError as error:
+            answer = {"kind": type(error).__name__, "error": str(error)}
+        said = json.dumps(answer).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    padded = np.frombuffer(said.ljust(size, b"\0"), np.uint8)
+    answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if "error" in answer:
+        raise getattr(errors, answer["kind"])(answer["error"])
+    return answer["value"]
+
+
 class Stop:
     """Whether the scheduler asked to stop (SIGTERM): in a job all processes hear of it and agree on one step."""
 
@@ -227,6 +250,30 @@ def gathered(leaves: Sequence[Any]) -> Iterator[np.ndarray]:
             whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)([leaves[j] for j in some])
             ready.update(zip(some, whole, strict=True))
         yield np.asarray(ready.pop(i, leaf))
+
+
+def streamed(leaves: Sequence[Any]) -> Iterator[Iterable[np.ndarray]]:
+    """What `gathered` gives, but a leaf of more than `GATHERED` bytes in parts: its rows in order, some at a time."""
+    large = [not _near(leaf) and leaf.nbytes > GATHERED for leaf in leaves]
+    small = gathered([leaf for leaf, is_large in zip(leaves, large, strict=True) if not is_large])
+    for leaf, is_large in zip(leaves, large, strict=True):
+        yield _parts(leaf) if is_large else [next(small)]
+
+
+def _parts(leaf: jax.Array) -> Iterator[np.ndarray]:
+    row = leaf.nbytes // leaf.shape[0]
+    count = max(1, GATHERED // row)
+    for start in range(0, leaf.shape[0], count):
+        rows = slice(start, min(start + count, leaf.shape[0]))
+        part = np.zeros((rows.stop - rows.start, *leaf.shape[1:]), leaf.dtype)
+        for shard in leaf.addressable_shards:
+            first, end, _ = shard.index[0].indices(leaf.shape[0])
+            low, high = max(first, rows.start), min(end, rows.stop)
+            if shard.replica_id == 0 and low < high:
+                part[low - rows.start : high - rows.start, *shard.index[1:]] = shard.data[low - first : high - first]
+        # As a sum of what each process has, the rest being zeros; of bytes, for -0.0 + 0.0 is another number.
+        whole = multihost_utils.broadcast_one_to_all(np.frombuffer(part.tobytes(), np.uint8), is_source=True)
+        yield np.asarray(whole).view(leaf.dtype)
 
 
 def _near(leaf: Any) -> bool:

@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,11 +31,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 
 from vgjax.data.storage import MANIFEST, fsync, reason, seal, sealed, verify, writing
 from vgjax.errors import StorageError, UserError
-from vgjax.parallel.distributed import first, gathered
+from vgjax.parallel.distributed import agreed, first, streamed
 from vgjax.typing import PyTree
 
 SUBDIR = "checkpoints"  # of a training workdir
@@ -51,6 +51,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.keep_last, self.keep_every = keep_last, keep_every
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        logging.getLogger("absl").addFilter(_is_news)
         self._pending: tuple[int, Future] | None = None
         with first():
             if jax.process_index() == 0:
@@ -121,8 +122,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.finish()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.finish()
+        except StorageError as late:
+            if error is None:
+                raise
+            _say(f"error: {late}")  # the error in flight came first, and goes on
 
     def restore(self, abstract: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int]:
         """The newest undamaged step (or `step`) as `(state, meta, step)`.
@@ -133,23 +139,19 @@ class Checkpoints:
         """
         # 1. nothing in flight, 2. verify every byte, 3. compare the leaves, 4. read onto the shardings asked for
         self.finish()
-        chosen, problem = self._choose(step) if jax.process_index() == 0 else (-1, "no good checkpoint, see process 0")
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        if chosen < 0:
-            raise StorageError(problem)
+        chosen = agreed(lambda: self._choose(step))
         folder = self._folder(chosen)
         _compare(_leaves(ocp.metadata(folder / STATE).metadata), _leaves(abstract), folder)
         return _read(folder, abstract), json.loads((folder / META).read_text()), chosen
 
-    def _choose(self, step: int | None) -> tuple[int, str]:
-        """The step to restore, after moving damaged newer ones aside; or -1 and why there is none."""
+    def _choose(self, step: int | None) -> int:
+        """The step to restore, after moving damaged newer ones aside."""
         folders = _folders(self.directory)[::-1] if step is None else [self._folder(step)]
         if not folders or not folders[0].is_dir():
-            return -1, f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}"
+            raise StorageError(f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}")
         good, damaged = _newest_good(folders)
         if good is None:
-            return -1, f"no undamaged checkpoint in {self.directory}: {_told(damaged)}"
+            raise StorageError(f"no undamaged checkpoint in {self.directory}: {_told(damaged)}")
         for folder in damaged:
             names = (folder.name + (f"-{n}" if n else "") for n in itertools.count())
             aside = next(path for name in names if not (path := self.directory / DAMAGED / name).exists())
@@ -157,7 +159,7 @@ class Checkpoints:
                 aside.parent.mkdir(exist_ok=True)
                 folder.rename(aside)
             _say(f"{_told({folder: damaged[folder]})}; moved to {aside}, using step {int(good.name)}")
-        return int(good.name), ""
+        return int(good.name)
 
     def _complete(self, written: Callable[[], Any], step: int) -> None:
         """The background half of a save: wait for Orbax, vouch for the files, make it a step, remove old ones."""
@@ -225,7 +227,7 @@ def opened(path: str | os.PathLike, item: str) -> tuple[PyTree, Callable[[str], 
 
 def _stored(path: str | os.PathLike, items: Sequence[str] | None) -> tuple[Path, dict[str, PyTree], dict[str, Any]]:
     """The newest undamaged step, the abstract entries of its state that are asked for, and its meta."""
-    folder = newest(Path(path).absolute())
+    folder = newest(path)
     stored = ocp.metadata(folder / STATE).metadata
     names = list(stored) if items is None else list(items)
     if absent := sorted(set(names) - set(stored)):
@@ -236,19 +238,34 @@ def _stored(path: str | os.PathLike, items: Sequence[str] | None) -> tuple[Path,
 
 
 def meta(path: str | os.PathLike) -> dict[str, Any]:
-    """What the newest step says of itself; the arrays are not looked at."""
-    root = workdir_of(path) / SUBDIR
-    folders = _folders(root) if root.is_dir() else []
-    if not folders:
-        raise UserError(f"{path} holds no vgjax checkpoint")
-    return json.loads((folders[-1] / META).read_text())
+    """What the newest undamaged step says of itself. For its arrays too, ask `newest` once and give both its answer."""
+    return json.loads((newest(path) / META).read_text())
 
 
 def workdir_of(path: str | os.PathLike) -> Path:
     """The training workdir of what `load` accepts: a workdir, its checkpoint directory or one step."""
+    return _located(Path(path).absolute())[0]
+
+
+def steps_at(path: str | os.PathLike) -> list[Path]:
+    """The steps of what `load` accepts, the newest first, undamaged or not; none where there is nothing of the kind."""
     path = Path(path).absolute()
-    inside = next((parent for parent in (path, *path.parents[:2]) if parent.name == SUBDIR), None)
-    return inside.parent if inside else path
+    return _located(path)[1] if path.is_dir() else []
+
+
+def _located(path: Path) -> tuple[Path, list[Path]]:
+    """(training workdir, steps, the newest first) of what `load` accepts, by what lies there.
+
+    The names above it say nothing: a run may itself lie in a folder named `checkpoints`.
+    """
+    if (path / SUBDIR).is_dir():
+        return path, _folders(path / SUBDIR)[::-1]
+    if any((path / name).exists() for name in (MANIFEST, META, STATE)):
+        root, folders = path.parent.parent if path.parent.name == DAMAGED else path.parent, [path]
+    else:
+        root, folders = path, _folders(path)[::-1]
+    held = root.name == SUBDIR and (folders or list(root.glob(f"*{UNFINISHED}")))
+    return (root.parent if held else path), folders
 
 
 def versions() -> dict[str, str]:
@@ -262,19 +279,29 @@ def digest(tree: PyTree) -> str:
     total = hashlib.sha256()
     named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     paths = sorted(named)
-    for path, leaf in zip(paths, gathered([named[path] for path in paths]), strict=True):
-        total.update(f"{path} {leaf.dtype.name} {leaf.shape} ".encode())
-        total.update(leaf.tobytes())
+    for path, parts in zip(paths, streamed([named[path] for path in paths]), strict=True):
+        total.update(f"{path} {np.dtype(named[path].dtype).name} {named[path].shape} ".encode())
+        for part in parts:
+            total.update(part.tobytes())
     return total.hexdigest()
 
 
-def newest(path: Path) -> Path:
-    """The newest undamaged step at `path`, or a sentence about what lies there instead."""
+def newest(path: str | os.PathLike) -> Path:
+    """The newest undamaged step at `path`, or a sentence about what lies there instead.
+
+    In a job all processes ask together: process 0 verifies and tells the others. What it has verified it does not read
+    again while the files stay the same.
+    """
+    path = Path(path).absolute()
+    return Path(agreed(lambda: str(_newest(path))))
+
+
+def _newest(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: it {'is a file' if path.exists() else 'does not exist'}")
-    root = path / SUBDIR if (path / SUBDIR).is_dir() else path
-    folders = [path] if any((path / name).exists() for name in (MANIFEST, META)) else _folders(root)[::-1]
+    _, folders = _located(path)
     if not folders:
+        root = path / SUBDIR if (path / SUBDIR).is_dir() else path
         found = sorted(entry.name for entry in root.iterdir())
         if any(name.endswith(UNFINISHED) for name in found):
             raise UserError(f"{root} holds only an unfinished save: its run stopped before the first one was complete")
@@ -282,7 +309,7 @@ def newest(path: Path) -> Path:
             f"{root} holds no vgjax checkpoint ({', '.join(found[:4]) or 'it is empty'}); give a training "
             f"workdir, its {SUBDIR} directory or one step in it"
         )
-    good, damaged = _newest_good(folders)
+    good, damaged = _newest_good(folders, lambda folder: list(_verified(folder, _stamp(folder))))
     if good is None:
         raise StorageError(f"no undamaged checkpoint at {path}: {_told(damaged)}")
     if damaged:
@@ -290,7 +317,9 @@ def newest(path: Path) -> Path:
     return good
 
 
-def _newest_good(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
+def _newest_good(
+    folders: list[Path], verify: Callable[[Path], list[str]] = verify
+) -> tuple[Path | None, dict[Path, list[str]]]:
     """The first folder without a fault, and the faults of those before it."""
     damaged = {}
     for folder in folders:
@@ -299,6 +328,23 @@ def _newest_good(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]
             return folder, damaged
         damaged[folder] = faults
     return None, damaged
+
+
+@functools.lru_cache(64)
+def _verified(folder: Path, stamp: tuple[tuple[Any, ...], ...]) -> tuple[str, ...]:
+    """The faults of a step whose files are those of `stamp`."""
+    return tuple(verify(folder))
+
+
+def _stamp(folder: Path) -> tuple[tuple[Any, ...], ...]:
+    """What changes when a file of the folder is written, replaced or removed."""
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs what a thread of it raises, with a traceback for each thread that waits; `finish` says it once."""
+    return not (record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py"))
 
 
 def _add(target: Path, state: dict[str, Any]) -> None:
