@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vgjax.flow.path import Straight, precondition, sample_keys
+from vgjax.errors import UserError
+from vgjax.flow.path import Straight, precondition, sample_keys, seeded
 
 
 def test_path_starts_in_noise_ends_in_data_and_moves_at_its_velocity():
@@ -41,3 +43,14 @@ def test_preconditioned_targets_have_unit_variance_at_every_time_and_a_zero_netw
         np.testing.assert_allclose(jnp.var(target), 1.0, rtol=0.03)
         np.testing.assert_allclose(jnp.mean(target * x), 0.0, atol=0.03)  # nothing linear is left
     np.testing.assert_allclose(precondition(lambda x, t: x)(x, jnp.float32(0.0)), -x + x, atol=1e-6)
+
+
+def test_a_seed_of_32_bits_gives_jax_s_key_and_all_64_bits_count():
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        np.testing.assert_array_equal(jax.random.key_data(seeded(seed)), jax.random.key_data(jax.random.key(seed)))
+    seeds = 0, 1, 2**31, 2**32, 2**32 + 1, 2**50, 2**63, 2**64 - 1
+    words = {tuple(jax.random.key_data(seeded(seed)).tolist()) for seed in seeds}
+    assert len(words) == len(seeds)
+    for seed in (-1, 2**64, 0.5, True):
+        with pytest.raises(UserError, match="seed="):
+            seeded(seed)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from vgjax.errors import UserError, check_finite
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -24,3 +26,10 @@ class Settings:
     size: tuple[int, int]
     fps: float
     shift: float | None = None
+
+    def __post_init__(self) -> None:
+        check_finite(cfg=self.cfg, guidance=self.guidance, shift=self.shift, fps=self.fps)
+        if self.steps < 1 or self.frames < 1 or min(self.size) < 1:
+            raise UserError(f"steps={self.steps}, frames={self.frames} and size={self.size} must be at least 1")
+        if self.fps <= 0 or (self.shift is not None and self.shift <= 0):
+            raise UserError(f"fps={self.fps} and shift={self.shift} must be positive")

@@ -25,7 +25,7 @@ from vgjax.nn import lora
 from vgjax.objectives.finetune import Lora
 from vgjax.open import folders
 from vgjax.open.published import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
-from vgjax.parallel import sharding
+from vgjax.parallel import distributed, sharding
 from vgjax.training import checkpoint
 from vgjax.typing import Dtype, PyTree
 
@@ -125,6 +125,12 @@ class Store:
             tokenizer = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder / name} holds no tokenizer that transformers can read: {error}") from error
+        whole = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+        if cut := [count for count in whole if count > length]:
+            distributed.note(
+                f"{len(cut)} of {len(whole)} texts are longer than the {length} tokens that {name} keeps (up to "
+                f"{max(cut)}): the rest of them is left out"
+            )
         found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
         return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
 
