@@ -120,6 +120,7 @@ def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tupl
             continue
         if key:
             _check_known(defaults, key)
+            added = [one for one in added if one[:2] != (section, option)]  # the last flag of a key counts
         rest.append(arg)
     return rest, added
 
