@@ -1,15 +1,18 @@
 """Sampling from a checkpoint that describes itself."""
 
 import json
+import re
 import shutil
 
 import av
+import jax
 import numpy as np
 import pytest
 from conftest import program
 
 from vgjax import errors, sample
-from vgjax.errors import UserError
+from vgjax.data import video
+from vgjax.errors import Diverged, UserError
 from vgjax.training import checkpoint
 
 
@@ -78,6 +81,11 @@ def test_other_lengths_and_sizes_are_sampled_too(sampler):
         (dict(steps=0), "at least 1"),
         (dict(interval=(0.6, 0.0)), "0 <= first < second <= 1"),
         (dict(stepper="rk9"), "use one of euler, heun, midpoint"),
+        *((dict([(name, value)]), f"{name}=.*finite") for name, value in (("cfg", np.nan), ("guidance", np.inf))),
+        *((dict([(name, np.nan)]), f"{name}=.*finite") for name in ("shift", "rescale")),
+        (dict(interval=(0.0, np.nan)), "interval=.*finite"),
+        (dict(seed=-1), r"seed=-1 .*2\^64"),
+        (dict(seed=2**64), r"seed=18446744073709551616 .*2\^64"),
     ],
 )
 def test_what_does_not_fit_is_named(sampler, options, sentence):
@@ -126,6 +134,10 @@ REFUSED = {
     "prompts missing": (["--checkpoint", "DIT", "--prompts", "nowhere.txt"], "is not a file"),
     "prompts of another encoding": (["--checkpoint", "DIT", "--prompts", "LATIN"], "can't be read as UTF-8"),
     "size": (["--checkpoint", "DIT", "--prompt", "x", "--size", "large"], "write HEIGHTxWIDTH"),
+    "cfg": (["--checkpoint", "DIT", "--prompt", "a red circle moves left", "--cfg", "nan"], "cfg=nan must be finite"),
+    "seed": (["--checkpoint", "DIT", "--prompt", "x", "--seed", "-1"], "seed=-1"),
+    "devices of no layout": (["--checkpoint", "DIT", "--prompt", "x", "--devices", "2"], "give --layout"),
+    "codec that mp4 lacks": (["--checkpoint", "DIT", "--prompt", "a red circle", "--codec", "libvpx"], "'libvpx'"),
     "codec": (["--checkpoint", "DIT", "--prompt", "a red circle moves left", "--codec", "prores9"], "prores9"),
     "foreign": (["--checkpoint", "EMPTYDIR", "--prompt", "x"], "holds no vgjax checkpoint"),
 }
@@ -145,3 +157,101 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, tmp_path, capsys, ca
     assert stopped.value.code == errors.USER
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("error: ") and sentence in said[-1] and len(said) == 1
+
+
+def test_sixty_four_bits_of_a_seed_count(sampler):
+    seeds = 0, 2**32, 2**50, 2**64 - 1
+    videos = [np.asarray(sampler.latents(["a red circle moves left"], seed=seed)) for seed in seeds]
+    assert all((a != b).any() for i, a in enumerate(videos) for b in videos[:i])
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["sample", *map(str, args)])
+    return stopped.value.code
+
+
+def test_a_sample_that_is_not_finite_is_named_and_fails(trained, sampler, tmp_path, capsys, monkeypatch):
+    broken = dict(sampler.__dict__, params=jax.tree.map(lambda x: x * np.nan, sampler.params))
+    monkeypatch.setattr(sample, "load", lambda *_: sample.Sampler(**broken))
+    asked = ["--checkpoint", trained / "dit", "--prompt", "a red circle moves left", "--out", tmp_path]
+    for tile in ([], ["--tile", 2]):
+        assert run(*asked, *tile) == errors.DIVERGED
+        said = capsys.readouterr().err
+        assert "1 of 1 samples" in said and "a red circle moves left" in said and not list(tmp_path.iterdir())
+    with pytest.raises(Diverged):
+        sample.Sampler(**broken)(["a red circle moves left"])
+
+
+@pytest.fixture
+def still(trained, sampler, monkeypatch):
+    """The command line of two videos that cost nothing."""
+    clips = np.zeros((2, 5, 16, 16, 3), np.uint8)
+
+    class Still(sample.Sampler):
+        def __call__(self, captions, **options):
+            return clips
+
+    monkeypatch.setattr(sample, "load", lambda *_: Still(**sampler.__dict__))
+    return ["--checkpoint", trained / "dit", "--prompt", "a red circle moves left", "--num", 2]
+
+
+def test_a_second_run_into_a_folder_goes_on_behind_what_is_there(still, tmp_path):
+    for _ in range(3):
+        assert run(*still, "--out", tmp_path) == 0
+    names = [f"{i:03d}.mp4" for i in range(6)] + [
+        f"{stem}{after}"
+        for stem, end in (("contact_sheet", ".png"), ("sample", ".json"))
+        for after in (end, f"_002{end}", f"_004{end}")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    record = json.loads((tmp_path / "sample_004.json").read_text())
+    assert [one["file"] for one in record["videos"]] == ["004.mp4", "005.mp4"]
+    assert [one["index"] for one in record["videos"]] == [0, 1]
+
+
+def test_videos_that_cannot_be_written_are_kept_as_frames(still, tmp_path, capsys, monkeypatch):
+    def full(path, *_, **__):
+        raise UserError(f"{path}: can't be written (No space left on device)")
+
+    monkeypatch.setattr(video, "check_codec", lambda *_: None)
+    monkeypatch.setattr(video, "write_mp4", full)
+    assert run(*still, "--out", tmp_path) == errors.USER
+    kept = re.search(r"(\S+\.npz)", capsys.readouterr().err)[1]
+    with np.load(kept) as frames:
+        assert frames["videos"].shape == (2, 5, 16, 16, 3) and len(frames["prompts"]) == 2
+
+
+def test_a_model_of_clips_at_their_own_rates_is_sampled_at_a_rate_that_is_said(still, sampler, tmp_path, monkeypatch):
+    config = sampler.experiment.config
+    monkeypatch.setitem(config.data, "fps", None)
+    assert run(*still, "--out", tmp_path) == 0
+    assert json.loads((tmp_path / "sample.json").read_text())["fps"] == sample.FPS
+    with av.open(str(tmp_path / "000.mp4")) as container:
+        assert container.streams.video[0].average_rate == sample.FPS
+
+
+def test_prompts_that_are_cut_are_counted_once_on_stderr(still, tmp_path, capsys):
+    assert run(*still, "--out", tmp_path) == 0
+    assert not capsys.readouterr().err
+    long = "one two three four five six seven eight nine ten"  # and the begin token: 11, of 8
+    assert run(*still, "--prompt", long, "--num", 1, "--out", tmp_path) == 0
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1 and "1 of 2 prompts" in said and "8 tokens" in said and "11" in said
+
+
+def test_weights_are_read_straight_onto_the_mesh(trained, monkeypatch):
+    read, asked = checkpoint._read, []
+    monkeypatch.setattr(checkpoint, "_read", lambda at, tree, *a, **k: asked.append(tree) or read(at, tree, *a, **k))
+    spread = sample.load(trained / "dit", layout="fsdp", devices=8)
+    leaves = jax.tree.leaves(asked)
+    assert len(asked) == 2 and all(len(leaf.sharding.device_set) == 8 for leaf in leaves)
+    large = [leaf for leaf in jax.tree.leaves(asked[-1]) if leaf.size >= 1024]
+    assert large and not any(leaf.sharding.is_fully_replicated for leaf in large)
+    monkeypatch.undo()
+    assert checkpoint.digest(spread.params) == checkpoint.digest(sample.load(trained / "dit").params)
+
+
+def test_devices_are_refused_without_a_layout(trained):
+    with pytest.raises(UserError, match="devices=2"):
+        sample.load(trained / "dit", devices=2)

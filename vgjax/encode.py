@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vgjax import experiment
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder, Latents, LatentWriter, summary
 from vgjax.data.transforms import BadFiles, names
-from vgjax.errors import UserError, door
+from vgjax.errors import UserError, check_finite, door
 from vgjax.objectives.vae import from_uint8
 from vgjax.open.sampler import OpenSampler, is_open
 from vgjax.open.store import Store
@@ -30,6 +31,7 @@ from vgjax.parallel import distributed, sharding
 from vgjax.training import checkpoint, program
 from vgjax.typing import PyTree
 
+ROWS, CLIP_BYTES = 32, 2**28  # clips encoded at a time: at most so many, of so many bytes (fp32) on a device
 CAPTIONS = 512  # read by the encoders at a time: more would fill the host's memory with embeddings
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 clips to latents, fp32
 
@@ -50,8 +52,14 @@ class Trained:
         self.vae.latent_shape(frames, *size)
 
     @contextlib.contextmanager
-    def encoder(self, batch: int = 32) -> Iterator[tuple[int, Encode]]:
-        """(clips at a time, function)."""
+    def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
+        """(clips at a time, function): as many clips as fit `CLIP_BYTES`, at least one a device, at most `ROWS`."""
+        degree = 1
+        if self.where:
+            with sharding.use(*self.where):
+                degree = sharding.degree("batch")
+        fit = max(1, CLIP_BYTES // (4 * 3 * frames * math.prod(size)))
+        batch = max(degree, min(ROWS, fit * degree) // degree * degree)
         of = jax.jit(lambda params, x: self.vae.apply({"params": params}, from_uint8(x), method="encode")[0])
 
         params = sharding.replicate(self.frozen["vae"], self.where[1]) if self.where else self.frozen["vae"]
@@ -84,8 +92,8 @@ class Published:
         self.sampler.latent_shape(frames, size)
 
     @contextlib.contextmanager
-    def encoder(self) -> Iterator[tuple[int, Encode]]:
-        """(clips at a time, function); the VAE is on the devices until the end of the block."""
+    def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
+        """(clips at a time, function), one at a time; the VAE is on the devices until the end of the block."""
         family, store = self.sampler.family, self.sampler.store
         with store.here(), store.model("vae") as (vae, params, _):
 
@@ -125,7 +133,7 @@ def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path,
     bad = BadFiles(bad_files, names(source), Clip(data.frames, tuple(data.size), data.fps).settings)
     captions = []
     with LatentWriter(out, made_by) as writer:
-        with by.encoder() as (batch, encode):
+        with by.encoder(data.frames, tuple(data.size)) as (batch, encode):
             for group in _groups(_readable(source, data, bad), batch):
                 latents = encode(np.stack([example.array for example in group]))
                 for example, latent in zip(group, latents, strict=True):
@@ -160,6 +168,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fps", type=float, help="default: the VAE's training")
     args = parser.parse_args(argv[1:])
     distributed.single("vgjax.encode")
+    check_finite(**{"--fps": args.fps})
     folder, out = Path(args.checkpoint), Path(args.out)
     if is_open(folder):
         by, data = published(folder)

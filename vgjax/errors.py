@@ -7,6 +7,7 @@ traceback. Schedulers restart on `RESTARTABLE` codes only.
 
 import contextlib
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from collections.abc import Callable
 OK = 0
 CRASH = 1  # a bug: the traceback is printed
 USER = 2  # bad input or configuration: restarting changes nothing
-DIVERGED = 3  # too many non-finite steps in a row; the last good checkpoint is untouched
+DIVERGED = 3  # too many non-finite steps in a row, or a sample that is not finite; what was saved is untouched
 STORAGE = 4  # a checkpoint could not be written or no good one could be read
 LOADER = 5  # the data loader died
 HUNG = 6  # nothing happened for too long, here or in another process of the job
@@ -42,7 +43,7 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """Training stopped because step after step was not finite."""
+    """Step after step of a training was not finite, or a sample was not."""
 
     code = DIVERGED
 
@@ -69,6 +70,14 @@ class Preempted(UserError):
     """The scheduler asked to stop; everything is saved."""
 
     code = PREEMPTED
+
+
+def check_finite(**options: float | tuple[float, ...] | None) -> None:
+    """UserError naming an option that is, or holds, a number which is not finite."""
+    for name, value in options.items():
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if not all(math.isfinite(number) for number in numbers if number is not None):
+            raise UserError(f"{name}={value} must be finite")
 
 
 def door(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], None]:

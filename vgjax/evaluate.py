@@ -24,7 +24,7 @@ from vgjax.data import shapes, video
 from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
 from vgjax.data.storage import writing
-from vgjax.errors import UserError, door
+from vgjax.errors import Diverged, UserError, door
 from vgjax.flow.path import sample_keys
 from vgjax.metrics import prompt
 from vgjax.metrics.psnr import psnr, ssim
@@ -175,7 +175,10 @@ class Show:
         """Samples of held-out captions, or reconstructions under their originals, as a contact sheet."""
         if self.flow:
             captions = experiment.captions(self.config, "val")[:count]
-            videos = self._sampler(ema)(captions, batch=len(captions))
+            try:
+                videos = self._sampler(ema)(captions, batch=len(captions))
+            except Diverged as error:  # a training goes on: its steps are watched by themselves
+                return self.log.event(number, "samples", str(error))
             self.log.images(number, "samples", np.asarray(video.contact_sheet(list(videos), captions)))
             return
         clips = clips_of(experiment.source(self.config, "val"), self.config, count)
@@ -187,7 +190,10 @@ class Show:
 
     def scores(self, number: int, ema: Params) -> None:
         """The figures of the averaged weights into TensorBoard and `evaluations.jsonl`."""
-        table = flat(report(self.built, self.plan, ema, self.frozen))
+        try:
+            table = flat(report(self.built, self.plan, ema, self.frozen))
+        except Diverged as error:
+            return self.log.event(number, "samples", str(error))
         self.log.scalars(number, {f"evaluate/{key}": value for key, value in table.items()})
         if not self.log.speaks:
             return

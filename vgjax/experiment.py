@@ -10,6 +10,8 @@ import hashlib
 import inspect
 import json
 import shutil
+import types
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from ml_collections import ConfigDict
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.data.storage import MANIFEST, fsync, writing
-from vgjax.errors import UserError
+from vgjax.errors import UserError, check_finite
+from vgjax.flow.path import check_seed
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
 from vgjax.models.text import TextEncoder
@@ -79,6 +82,9 @@ class Data:
             raise UserError(f"config.data.kind={self.kind!r} is unknown: use one of folder, shapes")
         if len(self.size) != 2 or not all(isinstance(side, int) for side in self.size):
             raise UserError(f"config.data.size={self.size} must be (height, width) in pixels")
+        if self.kind == "shapes" and self.fps is None:
+            raise UserError("config.data.fps=None: a rendered world has no rate of its own, give one")
+        check_finite(**{"config.data.fps": self.fps, "config.data.timeout_s": self.timeout_s})
 
 
 SECTIONS = {
@@ -156,6 +162,7 @@ def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any, **giv
 def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     """The experiment of a resolved config; `vae` is the config of the frozen VAE under a flow."""
     kind = _sections(config)
+    check_seed("config.seed", config.seed)
     data_of(config)
     dtype = compute_dtype(config.precision)
     rest = {key: value for key, value in config.objective.items() if key != "kind"}
@@ -278,9 +285,16 @@ def captions(config: ConfigDict, split: str) -> list[str]:
     return [caption for _, caption in source(config, split).records]
 
 
-def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
-    """(config of a trained VAE, `{"vae": EMA parameters, "stats": (mean, std)}`) from its checkpoint."""
-    tree, meta, _ = checkpoint.load(path, items=("ema",))
+def frozen_vae(path: str | Path, where: tuple[Any, Any] | None = None) -> tuple[ConfigDict, PyTree]:
+    """(config of a trained VAE, `{"vae": EMA parameters, "stats": (mean, std)}`) from its checkpoint.
+
+    They are whole on each device of `where` (layout, mesh), or on one device.
+    """
+
+    def place(_: dict[str, Any], tree: PyTree) -> PyTree:
+        return sharding.abstract(tree, where)
+
+    tree, meta, _ = checkpoint.load(path, items=("ema",), place=place)
     if "stats" not in meta:
         raise UserError(f"{path} holds no VAE with latent statistics: give the workdir of a finished VAE training")
     config = ConfigDict(meta["config"])
@@ -288,7 +302,8 @@ def frozen_vae(path: str | Path) -> tuple[ConfigDict, PyTree]:
     vae = model("config.model", config.model, jnp.float32)
     wanted = jax.eval_shape(lambda: sharding.unboxed(vae.init(jax.random.key(0), clip)["params"]))
     checkpoint.check_leaves(tree["ema"]["vae"], wanted, path)
-    return config, {"vae": tree["ema"]["vae"], "stats": stats_of(meta["stats"])}
+    stats = stats_of(meta["stats"])
+    return config, {"vae": tree["ema"]["vae"], "stats": sharding.replicate(stats, where[1]) if where else stats}
 
 
 def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:
@@ -384,6 +399,9 @@ def _sections(config: ConfigDict) -> str:
 
 
 def _check_type(where: str, value: Any, annotation: Any) -> None:
+    if value is None and isinstance(annotation, type | types.UnionType):
+        if annotation is not type(None) and type(None) not in typing.get_args(annotation):
+            raise UserError(f"{where}=None must be of type {getattr(annotation, '__name__', annotation)}")
     allowed = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(annotation)
     if allowed is None:
         return

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from ml_collections import ConfigDict
 from vgjax import experiment
 from vgjax.data import video
 from vgjax.data.storage import writing
-from vgjax.errors import UserError, door
+from vgjax.errors import UserError, check_finite, door
 from vgjax.flow import guidance, steppers
-from vgjax.flow.path import noise, stepper_keys
+from vgjax.flow.path import check_seed, noise, seeded, stepper_keys
+from vgjax.nn import codec
 from vgjax.nn.codec import decode_tiled, from_unit
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import to_uint8
@@ -35,6 +38,9 @@ from vgjax.open.store import Store
 from vgjax.parallel import distributed, layouts, sharding
 from vgjax.training import checkpoint, program
 from vgjax.typing import Array, Float, Key, Params, PyTree, UInt8
+
+FPS = 24.0  # of samples of a model that was trained on clips at their own rates
+NUMBERED = re.compile(r"(?:contact_sheet_|sample_|frames_)?(\d{3,})\.(?:mp4|png|json|npz)")  # what `save` writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Settings:
     tile: int = 0
 
     def __post_init__(self) -> None:
+        numbers = ("cfg", "shift", "interval", "rescale", "guidance")
+        check_finite(**{name: getattr(self, name) for name in numbers})
         steppers.named(self.stepper)
         guidance.check(self.interval, self.rescale)
         if self.steps < 1 or self.batch < 1 or self.tile < 0:
@@ -89,13 +97,17 @@ class Sampler:
         latents = self.latents(captions, **options)
         with self._here():
             parts = [latents[i : i + use.batch] for i in range(0, len(latents), use.batch)]
-            return np.concatenate([self._decoded(part, use.tile) for part in parts])
+            videos, finite = zip(*(self._decoded(part, use.tile) for part in parts), strict=True)
+        codec.check_finite(np.concatenate(finite), captions)
+        return np.concatenate(videos)
 
-    def _decoded(self, z: Array, tile: int) -> np.ndarray:
+    def _decoded(self, z: Array, tile: int) -> tuple[np.ndarray, np.ndarray]:
+        """(pixels, which samples are finite)."""
         vae, params, stats = self.experiment.vae, self.frozen["vae"], self.frozen["stats"]
         if not tile or tile >= max(z.shape[2:4]):
             return distributed.fetch(_decode(vae, params, stats, z))
-        return distributed.fetch(to_uint8(decode_tiled(vae, params, from_unit(z, stats), tile, tile // 2)))
+        frames = decode_tiled(vae, params, from_unit(z, stats), tile, tile // 2, fetch=distributed.fetch)
+        return distributed.fetch(_pixels(frames))
 
     def _here(self) -> contextlib.AbstractContextManager:
         return sharding.use(*self.where) if self.where else contextlib.nullcontext()
@@ -117,7 +129,7 @@ class Sampler:
         """
         if not captions:
             raise UserError("no prompts to sample: give --prompt or a --prompts file with one prompt a line")
-        use = dataclasses.replace(self.settings, **settings)
+        use, key = dataclasses.replace(self.settings, **settings), seeded(seed)
         data = self.experiment.config.data
         shape = self.experiment.vae.latent_shape(frames or data.frames, *(size or tuple(data.size)))
         self.experiment.objective.model.tokens(shape[:3])  # refuses a grid that the patch does not divide
@@ -129,7 +141,6 @@ class Sampler:
             padded = some + [""] * (use.batch - len(some))  # one compiled size
             texts = [self.experiment.tokenizer(text) for text in padded + [negative] * (use.batch if guided else 0)]
             text, mask = (np.stack(part) for part in zip(*texts, strict=True))
-            key = jax.random.key(seed)
             with self._here():
                 z = integrated(self.experiment.objective, use, shape, self.params, text, mask, index, key)
             out.append(z[: len(some)])
@@ -174,8 +185,13 @@ def follow(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(vae: Any, params: Params, stats: PyTree, z: Array) -> Array:
-    return to_uint8(vae.apply({"params": params}, from_unit(z, stats), method="decode"))
+def _decode(vae: Any, params: Params, stats: PyTree, z: Array) -> tuple[Array, Array]:
+    return _pixels(vae.apply({"params": params}, from_unit(z, stats), method="decode"))
+
+
+def _pixels(frames: Array) -> tuple[Array, Array]:
+    """(uint8 pixels, which videos are finite)."""
+    return to_uint8(frames), jnp.isfinite(frames).all(axis=(1, 2, 3, 4))
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -187,27 +203,33 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     """A Sampler from a training workdir, its checkpoints or one step; `weights` is `ema` or `params`.
 
     It samples on one device, or on the first `devices` (0: all) by the `layout` of this name. Several processes sample
-    together, on all devices, by the layout of the training if they are given none; each returns all videos.
+    together, on all devices, by the layout of the training if they are given none; each returns all videos. Parameters
+    are read straight to where they belong: none is ever whole on a device that holds a part of it.
     """
     if weights not in ("ema", "params"):
         raise UserError(f"weights={weights!r} is unknown: use ema or params")
-    tree, meta, step = checkpoint.load(path, items=(weights,))
-    config = ConfigDict(meta["config"])
-    if config.objective.kind != "flow":
-        raise UserError(
-            f"{path} holds a {config.objective.kind}, not a text-to-video model: give the workdir of a flow"
-        )
-    of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae")
     alone = not layout and jax.process_count() == 1
-    config.layout.kind = layout or config.layout.kind
-    built = experiment.build(config, of_vae)
-    needed = wanted(built)
-    checkpoint.check_leaves(tree[weights], sharding.unboxed(needed), path)
-    if alone:
-        return Sampler(built, tree[weights], frozen, settings_of(config), step=step)
-    where = layouts.find(config.layout.kind, devices)
-    params = sharding.put(tree[weights], sharding.shardings(needed, *where))
-    return Sampler(built, params, sharding.replicate(frozen, where[1]), settings_of(config), where, step)
+    if alone and devices:
+        raise UserError(f"devices={devices} is of no use without a layout: give one of {', '.join(layouts.LAYOUTS)}")
+    parts: dict[str, Any] = {}
+
+    def place(meta: dict[str, Any], tree: PyTree) -> PyTree:
+        config = ConfigDict(meta["config"])
+        if config.objective.kind != "flow":
+            raise UserError(
+                f"{path} holds a {config.objective.kind}, not a text-to-video model: give the workdir of a flow"
+            )
+        config.layout.kind = layout or config.layout.kind
+        where = None if alone else layouts.find(config.layout.kind, devices)
+        of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae", where)
+        built = experiment.build(config, of_vae)
+        needed = wanted(built)
+        checkpoint.check_leaves(tree[weights], sharding.unboxed(needed), path)
+        parts.update(experiment=built, frozen=frozen, settings=settings_of(config), where=where)
+        return {weights: sharding.abstract(needed, where)}
+
+    tree, _, step = checkpoint.load(path, items=(weights,), place=place)
+    return Sampler(params=tree[weights], step=step, **parts)
 
 
 def wanted(built: experiment.Experiment) -> PyTree:
@@ -230,9 +252,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
     parser.add_argument("--prompts", help="file with one prompt a line")
-    parser.add_argument("--out", required=True, help="folder for mp4s, contact sheet and sample.json")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="folder for mp4s, contact sheet and sample.json; numbers go on behind what is there",
+    )
     parser.add_argument("--num", type=int, default=1, help="videos per prompt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 to 2^64 - 1")
     parser.add_argument("--steps", type=int, help="integration steps")
     parser.add_argument("--cfg", type=float, help="guidance scale, 1 for none")
     parser.add_argument("--shift", type=float, help="timestep shift")
@@ -276,8 +302,10 @@ def main(argv: list[str]) -> None:
     args = parse(argv[1:])
     distributed.join()
     prompts, size = prompts_of(args), program.size_of(args.size)
+    check_seed("seed", args.seed)
+    if args.devices < 0 or (args.devices and not args.layout):
+        raise UserError(f"--devices {args.devices}: give --layout, {', '.join(layouts.LAYOUTS)}, and 0 or more devices")
     out = program.workdir(args.out)
-    video.check_codec(args.codec)
     path = Path(args.checkpoint).absolute()
     if is_open(path):
         if args.weights:
@@ -297,6 +325,9 @@ def main(argv: list[str]) -> None:
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     given = {"batch": min(len(prompts), sampler.settings.batch), **given}
     sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, **given))
+    config = sampler.experiment.config
+    video.check_codec(args.codec, out, size or tuple(config.data.size), rate(config))
+    warn_of_cut(sampler.experiment.tokenizer, [*dict.fromkeys(prompts), *([args.negative] if args.negative else [])])
     if sampler.where:
         distributed.say(distributed.preflight(vars(args), checkpoint.versions(), sampler.where[1]))
     with distributed.peers():
@@ -322,6 +353,8 @@ def sample_open(
     asked["interval"] = tuple(args.interval) if args.interval is not None else None
     asked = {name: value for name, value in asked.items() if value is not None}
     use = sampler.family.settings(store, **asked)
+    sampler.latent_shape(use.frames, use.size)
+    video.check_codec(args.codec, out, use.size, use.fps)
     distributed.say(f"{store.index['_class_name']}: {json.dumps(dataclasses.asdict(use))}")
     with distributed.peers():
         videos = sampler(prompts, args.seed, args.negative, image, args.tile or 0, **asked)
@@ -333,35 +366,57 @@ def sample_open(
 def write(out: Path, videos: np.ndarray, prompts: list[str], sampler: Sampler, args: argparse.Namespace) -> None:
     """The videos of a model trained here."""
     settings = dataclasses.asdict(sampler.settings) | {"step": sampler.step}
-    save(out, videos, prompts, sampler.experiment.config.data.fps, args, settings)
+    save(out, videos, prompts, rate(sampler.experiment.config), args, settings)
+
+
+def rate(config: ConfigDict) -> float:
+    """Frames per second of samples: those of the training, `FPS` where it took every clip at its own rate."""
+    return FPS if config.data.get("fps") is None else config.data.fps
+
+
+def warn_of_cut(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """A note on stderr of prompts that are longer than the model's text."""
+    counts = [tokenizer.count(prompt) for prompt in prompts]
+    if cut := [count for count in counts if count > tokenizer.length]:
+        distributed.note(
+            f"{len(cut)} of {len(prompts)} prompts are longer than the {tokenizer.length} tokens that the model reads "
+            f"(up to {max(cut)}): the rest of them is left out"
+        )
+
+
+def numbered(out: Path) -> tuple[int, str]:
+    """(number of the next video in a folder, what follows the names of its contact sheet and record).
+
+    Nothing is overwritten: numbers go on behind what is there. The first run's names have no number.
+    """
+    names = [path.name for path in out.iterdir()]
+    first = 1 + max((int(match[1]) for name in names if (match := NUMBERED.fullmatch(name))), default=-1)
+    return first, f"_{first:03d}" if first or {"sample.json", "contact_sheet.png"} & set(names) else ""
 
 
 def save(
     out: Path, videos: np.ndarray, prompts: list[str], fps: float, args: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
-    """The mp4s, a contact sheet, and in sample.json what would make them again."""
-    files = [out / f"{i:03d}.mp4" for i in range(len(videos))]
-    for file, clip in zip(files, videos, strict=True):
-        video.write_mp4(file, clip, fps, codec=args.codec)
-    sheet = out / "contact_sheet.png"
-    video.contact_sheet(list(videos), prompts, path=sheet)
+    """The mp4s, a contact sheet, and in sample.json what would make them again; or the frames, if that fails."""
+    first, after = numbered(out)
+    files, sheet = [out / f"{first + i:03d}.mp4" for i in range(len(videos))], out / f"contact_sheet{after}.png"
     named = [
         {"file": file.name, "prompt": text, "index": i}
         for i, (file, text) in enumerate(zip(files, prompts, strict=True))
     ]
-    record = (
-        vars(args)
-        | settings
-        | {
-            "frames": videos.shape[1],
-            "size": list(videos.shape[2:4]),
-            "fps": fps,
-            "videos": named,
-            "versions": checkpoint.versions(),
-        }
-    )
-    with writing(out):
-        (out / "sample.json").write_text(json.dumps(record, indent=1))
+    record = vars(args) | settings
+    record |= {"frames": videos.shape[1], "size": list(videos.shape[2:4]), "fps": fps}
+    record |= {"videos": named, "versions": checkpoint.versions()}
+    try:
+        for file, clip in zip(files, videos, strict=True):
+            video.write_mp4(file, clip, fps, codec=args.codec)
+        video.contact_sheet(list(videos), prompts, path=sheet)
+        with writing(out):
+            (out / f"sample{after}.json").write_text(json.dumps(record, indent=1))
+    except Exception:  # whatever it is, what took hours to sample is kept
+        kept = video.keep_frames(f"frames_{first:03d}.npz", (out, Path(tempfile.gettempdir())), videos, prompts)
+        distributed.note(f"the samples were not all written: their frames are kept in {kept}")
+        raise
     print(f"{len(videos)} videos in {out}, contact sheet {sheet}")
 
 

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vgjax.flow.path import Straight, precondition, retimed, sample_keys, stepper_keys
+from vgjax.errors import UserError
+from vgjax.flow.path import Straight, precondition, retimed, sample_keys, seeded, stepper_keys
 
 
 def test_path_starts_in_noise_ends_in_data_and_moves_at_its_velocity():
@@ -55,3 +57,14 @@ def test_a_stepper_draws_apart_from_the_noise():
     key, index = jax.random.key(3), jnp.arange(4, dtype=jnp.uint32)
     both = jnp.concatenate([jax.random.key_data(of(key, index)) for of in (sample_keys, stepper_keys)])
     assert len(np.unique(np.asarray(both), axis=0)) == 8
+
+
+def test_a_seed_of_32_bits_gives_jax_s_key_and_all_64_bits_count():
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        np.testing.assert_array_equal(jax.random.key_data(seeded(seed)), jax.random.key_data(jax.random.key(seed)))
+    seeds = 0, 1, 2**31, 2**32, 2**32 + 1, 2**50, 2**63, 2**64 - 1
+    words = {tuple(jax.random.key_data(seeded(seed)).tolist()) for seed in seeds}
+    assert len(words) == len(seeds)
+    for seed in (-1, 2**64, 0.5, True):
+        with pytest.raises(UserError, match="seed="):
+            seeded(seed)

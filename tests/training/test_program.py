@@ -18,6 +18,11 @@ def test_a_flag_sets_what_the_file_names_and_what_it_leaves_at_its_default():
     assert "watchdog" not in read().train
 
 
+def test_a_flag_may_set_none_and_set_what_is_none():
+    assert read("--config.data.fps=None").data.fps is None
+    assert read("--config.data.fps=None", "--config.data.fps=12.5").data.fps == 12.5
+
+
 def test_the_layout_has_a_short_form():
     assert read("--config.layout=ring", "--config.layout.sequence=4").layout.to_dict() == {
         "kind": "ring",

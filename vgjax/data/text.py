@@ -34,6 +34,10 @@ class Bytes:
     def __post_init__(self) -> None:
         _check_length(self.length)
 
+    def count(self, caption: str) -> int:
+        """Tokens of the whole caption, the begin token too."""
+        return 1 + len(caption.encode("utf-8", "replace"))
+
     def __call__(self, caption: str) -> tuple[Int32[np.ndarray, "m r"], Bool[np.ndarray, " m"]]:
         """ids `length 1` and mask `length` of a caption, cut after `length - 1` bytes."""
         text = caption.encode("utf-8", "replace")[: self.length - 1]
@@ -57,6 +61,10 @@ class Words:
     def vocab(self) -> int:
         """Ids are in [0, vocab)."""
         return self.buckets
+
+    def count(self, caption: str) -> int:
+        """Tokens of the whole caption, the begin token too."""
+        return 1 + len(split(caption))
 
     def __call__(self, caption: str) -> tuple[Int32[np.ndarray, "m r"], Bool[np.ndarray, " m"]]:
         """ids `length 2` and mask `length` of a caption, cut after `length - 1` words."""

@@ -4,7 +4,9 @@ Videos are uint8 `t h w 3` in RGB. Files are written beside their final name and
 process leaves no half video under a name that somebody reads.
 """
 
+import errno
 import os
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,15 +43,19 @@ def write_mp4(
     UserError for a codec that FFmpeg lacks here, an odd size with 4:2:0 chroma, or a place that can't be written.
     """
     t, h, w, _ = video.shape
-    if t == 0 or fps <= 0:
+    if t == 0 or not 0 < fps < float("inf"):
         raise UserError(f"{path}: a video needs at least one frame and fps > 0, got {t} frames at {fps} fps")
     if "420" in pixel_format and (h % 2 or w % 2):
         raise UserError(
             f"{path}: {pixel_format} halves the chroma, so height and width must be even, got {h}x{w}; "
             f"use an even size or pixel_format='yuv444p'"
         )
-    with _whole_file(path) as temporary, av.open(temporary, "w", format="mp4", options=_FASTSTART) as container:
-        stream = _video_stream(container, codec, fps, path)
+    with (
+        _whole_file(path) as temporary,
+        _encoding(codec, path),
+        av.open(temporary, "w", format="mp4", options=_FASTSTART) as container,
+    ):
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = h, w, pixel_format
         context = stream.codec_context
         context.options = {"crf": str(crf)}
@@ -68,17 +74,39 @@ def write_mp4(
 _FASTSTART = {"movflags": "+faststart"}  # the index first: the file streams, and a cut-off copy still opens
 
 
-def _video_stream(container: av.container.OutputContainer, codec: str, fps: float | int, path: str | Path):
+# What is wrong with the place of a file; any other error of FFmpeg is the encoder's.
+PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT, errno.EFBIG, errno.ENOTDIR}
+
+
+@contextmanager
+def _encoding(codec: str, path: str | Path) -> Iterator[None]:
+    """Tells an encoder that can't be used from a place that can't be written."""
     try:
-        return container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        yield
     except (av.error.FFmpegError, ValueError) as error:
+        if isinstance(error, UserError) or getattr(error, "errno", None) in PLACE and _has(codec):
+            raise
         raise _missing(codec, f"{path}: ", str(error)) from error
 
 
-def check_codec(codec: str) -> None:
-    """UserError for a codec that FFmpeg lacks here, before there is anything to write."""
-    if not _has(codec):
-        raise _missing(codec, "", "it is not an encoder here")
+def check_codec(codec: str, folder: Path, size: tuple[int, int], fps: float | int) -> None:
+    """UserError for an encoder that can't be used, before there is anything to lose: it encodes one frame in `folder`.
+
+    An encoder may be built in and yet lack its hardware, or the mp4 a place for its streams.
+    """
+    with tempfile.TemporaryDirectory(prefix=".codec-", dir=folder) as trial:
+        write_mp4(Path(trial) / "frame.mp4", np.zeros((1, *size, 3), np.uint8), fps, codec=codec)
+
+
+def keep_frames(name: str, folders: Sequence[Path], videos: UInt8[np.ndarray, "n t h w 3"], prompts: list[str]) -> Path:
+    """Videos that could not be encoded, as an .npz of `videos` and `prompts` in the first folder that takes it."""
+    for folder in folders:
+        try:
+            np.savez_compressed(folder / name, videos=videos, prompts=np.array(prompts))
+            return folder / name
+        except OSError:
+            (folder / name).unlink(missing_ok=True)  # half of it
+    raise UserError(f"no room for the frames in {' or '.join(map(str, folders))}")
 
 
 def _missing(codec: str, where: str, why: str) -> UserError:

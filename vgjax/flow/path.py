@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vgjax.errors import UserError
 from vgjax.flow.steppers import Velocity
 from vgjax.typing import Array, Float, Key, PyTree, UInt
 
@@ -37,6 +39,20 @@ def precondition(network: Velocity) -> Velocity:
         return (2.0 * at - 1.0) / s * x + jax.lax.rsqrt(s) * rest, memory
 
     return v
+
+
+def check_seed(where: str, seed: int) -> None:
+    """UserError for what is not a whole number of 64 bits; `where` names the option."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise UserError(f"{where}={seed} must be a whole number, at least 0 and less than 2^64")
+
+
+def seeded(seed: int) -> Key:
+    """The key of a seed in [0, 2^64). All 64 bits count; below 2^32 it is `jax.random.key(seed)`."""
+    check_seed("seed", seed)
+    # Without 64-bit types jax.random.key takes the lower 32 bits alone.
+    words = np.array([int(seed) >> 32, int(seed) & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def sample_keys(key: Key, index: UInt[Array, " b"]) -> Key:

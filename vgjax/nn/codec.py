@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vgjax.errors import UserError
-from vgjax.typing import Array, Float, Params
+from vgjax.errors import Diverged, UserError
+from vgjax.typing import Array, Bool, Float, Params
 
 
 def check_video(
@@ -44,6 +44,17 @@ def latent_shape(
     frames, height, width = video
     check_video(*video, time_factor, space_factor)
     return 1 + (frames - 1) // time_factor, height // space_factor, width // space_factor, channels
+
+
+def check_finite(finite: Bool[np.ndarray, " n"], prompts: Sequence[str]) -> None:
+    """`Diverged`, naming the samples that are not `finite`."""
+    wrong = [prompt for prompt, good in zip(prompts, finite, strict=True) if not good]
+    if wrong:
+        named = ", ".join(map(repr, dict.fromkeys(wrong[:3])))
+        raise Diverged(
+            f"{len(wrong)} of {len(finite)} samples hold numbers that are not finite ({named}): change cfg, shift or "
+            "the stepper, compute in float32, or take another checkpoint"
+        )
 
 
 class LatentStats(NamedTuple):
@@ -126,10 +137,24 @@ def encode_tiled(
 
 
 def decode_tiled(
-    model: nn.Module, params: Params, z: Float[Array, "b s i j z"], tile: int, overlap: int
+    model: nn.Module,
+    params: Params,
+    z: Float[Array, "b s i j z"],
+    tile: int,
+    overlap: int,
+    decode: Callable[[nn.Module, Params, Array], Array] | None = None,
+    fetch: Callable[[Array], np.ndarray] = np.asarray,
 ) -> Float[Array, "b t h w 3"]:
-    """`decode` in overlapping square tiles; `tile` and `overlap` in latent positions."""
-    return _tiled(lambda part: run(model, "decode", params, {}, part)[0], z, tile, overlap, 1, model.space_factor)
+    """`decode` in overlapping square tiles; `tile` and `overlap` in latent positions.
+
+    decode: how a tile is decoded, as a stream for example; fetch: brings its frames to the host, for what is spread
+    over several processes.
+    """
+
+    def one(part: Array) -> np.ndarray:
+        return fetch(decode(model, params, part) if decode else run(model, "decode", params, {}, part)[0])
+
+    return _tiled(one, z, tile, overlap, 1, model.space_factor)
 
 
 def _tiled(function: Callable[[Array], Array], x: Array, tile: int, overlap: int, before: int, after: int) -> Array:

@@ -13,9 +13,9 @@ import numpy as np
 
 from vgjax.errors import UserError
 from vgjax.flow.guidance import cfg as guide
-from vgjax.flow.path import noise, retimed, stepper_keys
+from vgjax.flow.path import noise, retimed, seeded, stepper_keys
 from vgjax.flow.steppers import State, Velocity, advance, named
-from vgjax.nn.codec import decode_tiled, from_unit, stats_of
+from vgjax.nn.codec import check_finite, decode_tiled, from_unit, stats_of
 from vgjax.objectives.vae import to_uint8
 from vgjax.open import hunyuan_video, wan
 from vgjax.open.stage import Settings
@@ -67,11 +67,15 @@ class OpenSampler:
                 "--negative has no effect at --cfg 1, which guides away from nothing: give --cfg above 1 (twice the "
                 "time), or leave --negative out"
             )
-        shape = self.latent_shape(use.frames, use.size)
+        key, shape = seeded(seed), self.latent_shape(use.frames, use.size)
         texts = self.embed(prompts, use, negative)
         given = family.condition(store, image, use.frames, use.size)
-        starts = noise(jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.uint32), shape)
-        return self.decode(self.latents(texts, starts, use, given, seed), tile)
+        starts = noise(key, jnp.arange(len(prompts), dtype=jnp.uint32), shape)
+        z = self.latents(texts, starts, use, given, seed)
+        check_finite(np.isfinite(z).all(axis=(1, 2, 3, 4)), prompts)
+        frames = self.frames(z, tile)
+        check_finite(np.isfinite(frames).all(axis=(1, 2, 3, 4)), prompts)
+        return np.asarray(to_uint8(jnp.asarray(frames)))
 
     def embed(self, prompts: Sequence[str], use: Settings, negative: str | None = None) -> tuple[Texts, Texts | None]:
         """What `latents` takes: of the prompts, and of the negative prompt for each, None without computed guidance."""
@@ -111,7 +115,7 @@ class OpenSampler:
         # On the host: the devices of a layout take nothing that lies on one of them.
         texts, given, each = jax.tree.map(np.asarray, (texts, given, list(starts)))
         index = jnp.arange(len(each), dtype=jnp.uint32)
-        keys = np.asarray(jax.random.key_data(stepper_keys(jax.random.key(seed), index)))
+        keys = np.asarray(jax.random.key_data(stepper_keys(seeded(seed), index)))
         # The stepper goes on from one model to the next, as one scheduler does in the published pipelines.
         each = [(x[None], None) for x in each]
         for stage in family.stages(self.store, use):
@@ -137,7 +141,7 @@ class OpenSampler:
             for one in np.split(np.asarray(from_unit(z, stats_of(meta["stats"]))), len(z)):
                 one = self.store.put(one)
                 if tile and tile < max(one.shape[2:4]):
-                    video = decode_tiled(vae, params, one, tile, tile // 4)
+                    video = decode_tiled(vae, params, one, tile, tile // 4, self.family.decode, fetch)
                 else:
                     video = self.family.decode(vae, params, one)
                 parts.append(fetch(video))

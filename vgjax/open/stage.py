@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vgjax.errors import UserError, check_finite
 from vgjax.flow import guidance, steppers
 from vgjax.flow.schedule import Schedule
 
@@ -32,5 +33,17 @@ class Settings:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(
+            cfg=self.cfg,
+            guidance=self.guidance,
+            shift=self.shift,
+            fps=self.fps,
+            interval=self.interval,
+            rescale=self.rescale,
+        )
         steppers.named(self.stepper)
         guidance.check(self.interval, self.rescale)
+        if self.steps < 1 or self.frames < 1 or min(self.size) < 1:
+            raise UserError(f"steps={self.steps}, frames={self.frames} and size={self.size} must be at least 1")
+        if self.fps <= 0 or (self.shift is not None and self.shift <= 0):
+            raise UserError(f"fps={self.fps} and shift={self.shift} must be positive")

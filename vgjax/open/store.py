@@ -69,9 +69,15 @@ def tokenized(folder: Path, texts: Sequence[str], length: int) -> tuple[np.ndarr
         kind = transformers.T5Tokenizer if alone else transformers.AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
         found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        whole = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
     except Exception as error:  # damaged files raise what they like there, a bare Exception too
         said = " ".join(str(error).split())
         raise UserError(f"{folder} holds no tokenizer that transformers can use ({said}): download it again") from error
+    if cut := [count for count in whole if count > length]:
+        distributed.note(
+            f"{len(cut)} of {len(whole)} texts are longer than the {length} tokens that {folder.name} keeps (up to "
+            f"{max(cut)}): the rest of them is left out"
+        )
     return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
 
 

@@ -113,6 +113,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def note(text: str) -> None:
+    """A note on stderr, for the whole job: process 0 gives it."""
+    if jax.process_index() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:
     """One line on devices, mesh and versions; UserError where a process has other code or config than the first."""
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}

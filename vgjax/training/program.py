@@ -112,11 +112,15 @@ def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tupl
     for arg in (re.sub(r"^--?config\.layout=", "--config.layout.kind=", arg) for arg in args):
         key, equals, value = re.fullmatch(r"(?:--?config\.([\w.]+))?(=?)(.*)", arg, re.DOTALL).groups()
         section, _, option = (key or "").partition(".")
-        if equals and section in OPEN and option.isidentifier() and option not in defaults.get(section, {option: 0}):
+        own = defaults.get(section, {option: 0})
+        # Absl's flags have a type: they neither take None nor give another value to what is None.
+        free = option not in own or value == "None" or (option.isidentifier() and own[option] is None)
+        if equals and section in OPEN and option.isidentifier() and free:
             added.append((section, option, _value(value)))
             continue
         if key:
             _check_known(defaults, key)
+            added = [one for one in added if one[:2] != (section, option)]  # the last flag of a key counts
         rest.append(arg)
     return rest, added
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax.parallel import sharding
-from vgjax.typing import Params, PyTree
+from vgjax.typing import Array, Key, Params, PyTree
 
 
 class TrainState(struct.PyTreeNode):
@@ -28,7 +29,19 @@ class TrainState(struct.PyTreeNode):
     opt: PyTree
     ema: Params
     dropped: Any  # int32 of 2: non-finite steps in a row up to now, and in all
-    seed: Any  # int32
+    seed: Any  # int32; uint32 of 2, the high word first, where 31 bits do not hold it
+
+
+def key_of(seed: Array) -> Key:
+    """The random key of a state's `seed`."""
+    return jax.random.wrap_key_data(seed, impl="threefry2x32") if seed.ndim else jax.random.key(seed)
+
+
+def _leaf(seed: int) -> Array:
+    """A seed in [0, 2^64) as a state holds it."""
+    if seed < 2**31:
+        return jnp.asarray(seed, jnp.int32)
+    return jnp.asarray(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
 
 
 def builder(
@@ -41,7 +54,7 @@ def builder(
 
     def boxed() -> Params:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
-        return objective.init(jax.random.key(seed), zeros)
+        return objective.init(key_of(_leaf(seed)), zeros)
 
     def init(given: Params | None = None) -> TrainState:
         params = sharding.unboxed(boxed()) if given is None else given
@@ -52,7 +65,7 @@ def builder(
             opt={player: optimizer.init(params[player]) for player in objective.players},
             ema=jax.tree.map(jnp.copy, params),
             dropped=jnp.zeros((2,), jnp.int32),
-            seed=jnp.asarray(seed, jnp.int32),
+            seed=_leaf(seed),
         )
 
     boxes = jax.eval_shape(boxed)

@@ -14,7 +14,7 @@ import optax
 from einops import rearrange
 
 from vgjax.losses.mean import pair
-from vgjax.training.state import TrainState
+from vgjax.training.state import TrainState, key_of
 from vgjax.typing import Array, Float, Key, Params, PyTree
 
 Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]
@@ -36,7 +36,7 @@ def make(
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        key = jax.random.fold_in(key_of(state.seed), state.step)
         batch = objective.prepare(frozen, batch)
         params, opt, metrics, good = dict(state.params), dict(state.opt), {}, jnp.asarray(True)
         for player in objective.players:
