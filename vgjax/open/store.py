@@ -25,7 +25,7 @@ from vgjax.nn import lora
 from vgjax.objectives.finetune import Lora
 from vgjax.open import folders
 from vgjax.open.published import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
-from vgjax.parallel import sharding
+from vgjax.parallel import distributed, sharding
 from vgjax.training import checkpoint
 from vgjax.typing import Dtype, PyTree
 
