@@ -15,7 +15,7 @@ from conftest import ROOT, program
 from safetensors.numpy import load_file
 
 from vgjax import convert, experiment, sample
-from vgjax.data import video
+from vgjax.data import storage, video
 from vgjax.data.decode import read_clip
 from vgjax.data.embeddings import Embeddings
 from vgjax.errors import USER, UserError
@@ -214,10 +214,20 @@ def test_adapters_beside_a_model_give_its_videos_on_one_device_and_eight(faint):
     assert np.abs(one.astype(int) - eight.astype(int)).max() <= 1
 
 
+def rewritten(step, to, old, new):
+    """A copy of one step whose meta says something else, vouched for anew."""
+    shutil.copytree(step, to)
+    text = (to / "meta.json").read_text()
+    assert old in text
+    (to / "meta.json").write_text(text.replace(old, new))
+    (to / storage.MANIFEST).unlink()
+    storage.seal(to)
+
+
 def test_a_component_that_is_a_path_is_refused(faint, home):
-    shutil.copytree(faint["wan"][-1].run, home / "path")
-    meta = next((home / "path" / "checkpoints").glob("*/meta.json"))
-    meta.write_text(meta.read_text().replace('"component": "transformer"', '"component": "../x"'))
+    rewritten(
+        checkpoint.newest(faint["wan"][-1].run), home / "path", '"component": "transformer"', '"component": "../x"'
+    )
     with pytest.raises(UserError, match="component of its config is '../x', which is no plain name"):
         tune.tuned(home / "path")
 
@@ -254,9 +264,8 @@ def test_models_of_images_are_refused(home):
 def test_what_a_finetuning_cannot_do_is_said(home, adapted):
     ran = program("evaluate", "--checkpoint", home / "wan" / "lora")
     assert ran.returncode == USER and "sample it with vgjax.sample" in ran.stderr
-    shutil.copytree(home / "wan" / "lora", home / "moved")
-    meta = next((home / "moved" / "checkpoints").glob("*12/meta.json"))
-    meta.write_text(meta.read_text().replace(str(home / "wan" / "converted"), "/gone"))
+    step = checkpoint.newest(home / "wan" / "lora")
+    rewritten(step, home / "moved", str(home / "wan" / "converted"), "/gone")
     with pytest.raises(UserError, match="finetuned from /gone, which is no converted folder"):
         tune.tuned(home / "moved")
     shutil.copytree(home / "wan" / "lora", home / "wan" / "other")
