@@ -317,7 +317,7 @@ def test_the_kept_vae_is_used_and_another_one_is_refused(trained, tmp_path, monk
 def test_a_job_copies_the_vae_whole_or_not_at_all(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment.jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda x: x)
-    monkeypatch.setattr(experiment, "frozen_vae", lambda path: (None, checkpoint.meta(path)["stats"]))
+    monkeypatch.setattr(experiment, "frozen_vae", lambda path: (ConfigDict(), checkpoint.meta(path)["stats"]))
     own = tmp_path / "dit" / "vae"
     own.parent.mkdir()
 
@@ -349,15 +349,20 @@ def test_nothing_in_a_workdir_is_touched_before_it_is_held(trained, tmp_path, mo
     assert not list((tmp_path / "dit").iterdir())
 
 
-def test_another_batch_goes_on_at_the_same_sample_or_is_refused(trained):
-    from types import SimpleNamespace
-
+def test_another_batch_goes_on_at_the_same_sample_or_is_refused():
     from vgjax import train
+    from vgjax.training.state import TrainState
+
+    class Kept(checkpoint.Checkpoints):
+        def __init__(self):
+            self.directory = "run/checkpoints"
+
+        def restore(self, abstract):
+            saved = {"data": {"seed": 0, "samples": 24}, "config": {"train": {"batch": 4}}}
+            return TrainState(*[None] * 6), saved, 6
 
     def resumed(batch):
-        saved = {"data": {"seed": 0, "samples": 24}, "config": {"train": {"batch": 4}}}
-        checkpoints = SimpleNamespace(restore=lambda _: (None, saved, 6), directory="run/checkpoints")
-        return train.restored(checkpoints, None, SimpleNamespace(seed=0, train=SimpleNamespace(batch=batch)))
+        return train.restored(Kept(), None, ConfigDict({"seed": 0, "train": {"batch": batch}}))
 
     assert [resumed(batch)[1] // batch for batch in (4, 8, 3)] == [6, 3, 8]
     with pytest.raises(errors.UserError, match="batch=5: .* behind 24 samples, no multiple of it: go on with 4"):

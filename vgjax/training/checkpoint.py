@@ -258,6 +258,8 @@ def _located(path: Path) -> tuple[Path, list[Path]]:
 
     The names above it say nothing: a run may itself lie in a folder named `checkpoints`.
     """
+    if not path.is_dir():
+        return path, []
     if (path / SUBDIR).is_dir():
         return path, _folders(path / SUBDIR)[::-1]
     if any((path / name).exists() for name in (MANIFEST, META, STATE)):

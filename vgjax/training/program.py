@@ -112,7 +112,8 @@ def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tupl
     for arg in (re.sub(r"^--?config\.layout=", "--config.layout.kind=", arg) for arg in args):
         key, equals, value = re.fullmatch(r"(?:--?config\.([\w.]+))?(=?)(.*)", arg, re.DOTALL).groups()
         section, _, option = (key or "").partition(".")
-        own = defaults.get(section, {option: 0})
+        own = defaults.get(section)
+        own = own if isinstance(own, ConfigDict) else {option: 0}
         # Absl's flags have a type: they neither take None nor give another value to what is None.
         free = option not in own or value == "None" or (option.isidentifier() and own[option] is None)
         if equals and section in OPEN and option.isidentifier() and free:
