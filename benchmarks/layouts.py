@@ -70,13 +70,13 @@ def measure(kind: str, argv: list[str]) -> dict:
     built = experiment.build(config, plan.vae_of(args))
     channels = built.vae.latent_channels
     frozen = {"stats": LatentStats(np.zeros(channels, np.float32), np.ones(channels, np.float32))}
-    optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
+    players, accumulate = experiment.players(config.optim, config.train.steps, built.objective.players)
     model_flops = plan.model_flops(built, "train")
     with sharding.use(layout, mesh):
         batch = sharding.place(random_batch(built), layout, mesh)
         example = jax.eval_shape(built.objective.prepare, frozen, batch)
-        abstract, init = state.builder(built.objective, optimizer, config.seed, example, layout, mesh)
-        train = step.make(built.objective, optimizer, abstract, **of_step)
+        abstract, init = state.builder(built.objective, players, config.seed, example, layout, mesh)
+        train = step.make(built.objective, players, abstract, accumulate)
         memory = train.lower(abstract, frozen, batch).compile().memory_analysis()
         now, seconds = init(), []
         for _ in range(WARM + STEPS):

@@ -75,11 +75,11 @@ def measure(iterations: int) -> dict:
     }
     frozen = {"vae": {}, "stats": LatentStats(np.zeros(shape[-1], np.float32), np.ones(shape[-1], np.float32))}
     layout, mesh = layouts.find("dp", 1)
-    optimizer, rest = experiment.optimizer(config.optim, config.train.steps)
+    players, accumulate = experiment.players(config.optim, config.train.steps, built.objective.players)
     with sharding.use(layout, mesh):
         example = jax.eval_shape(built.objective.prepare, frozen, raw)
-        abstract, init = state.builder(built.objective, optimizer, config.seed, example, layout, mesh)
-        train, now = step.make(built.objective, optimizer, abstract, **rest), init()
+        abstract, init = state.builder(built.objective, players, config.seed, example, layout, mesh)
+        train, now = step.make(built.objective, players, abstract, accumulate), init()
         times = []
         for i in range(STEPS + 3):
             if i == 3:

@@ -125,6 +125,15 @@ def test_no_deprecated_jax_and_no_global_configuration_outside_entry_points():
     assert not offenders(wrong)
 
 
+def test_nothing_asks_an_objective_a_model_or_a_family_for_its_class():
+    """What a consumer wants to know, the noun says of itself."""
+
+    def wrong(path):
+        return re.findall(r"isinstance\([^)]*(?:Objective|DiT|VAE|Sampler|Pipeline|Family)\b[^)]*\)", path.read_text())
+
+    assert not offenders(wrong)
+
+
 def test_files_functions_and_lines_stay_small():
     def wrong(path):
         lines = path.read_text().splitlines()

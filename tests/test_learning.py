@@ -19,6 +19,7 @@ from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.parallel import layouts
 from vgjax.training import optimizers, state, step
+from vgjax.training.players import alike
 
 WORLD = shapes.World(("red", "blue"), ("circle",), ("left", "right", "up", "down"), ("black",), frames=5)
 OTHER = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -69,10 +70,12 @@ def test_the_loss_comes_to_depend_on_colour_and_on_motion():
 
     layout, mesh = layouts.find("dp", 1)
     frozen = {"stats": stats}
-    optimizer = optimizers.muon(optimizers.schedule("cosine", 4e-3, 20, STEPS), iterations=3)
+    players = alike(
+        objective.players, optimizers.muon(optimizers.schedule("cosine", 4e-3, 20, STEPS), iterations=3), ema=0.9
+    )
     example = jax.eval_shape(objective.prepare, frozen, batch(np.arange(BATCH), 0))
-    abstract, init = state.builder(objective, optimizer, 0, example, layout, mesh)
-    train, now, generator = step.make(objective, optimizer, abstract, ema=0.9), init(), np.random.default_rng(0)
+    abstract, init = state.builder(objective, players, 0, example, layout, mesh)
+    train, now, generator = step.make(objective, players, abstract), init(), np.random.default_rng(0)
     for i in range(STEPS):
         rows = HELD_OUT + generator.integers(600, size=BATCH)
         now, _ = train(now, frozen, batch(rows, i * BATCH))

@@ -137,7 +137,7 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
     config = built.config
     clips = clips_of(experiment.source(config, "val"), config, plan.clips)
     videos = np.stack([clip.array for clip in clips])
-    if not isinstance(built.objective, FlowObjective):
+    if not built.objective.of_latents:
         return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
     sampler = Sampler(built, params, frozen, settings_of(config))
     table = {"vae": reconstruction(built.vae, frozen["vae"], videos)[1], "loss": losses(sampler, clips)}
@@ -157,7 +157,7 @@ class Show:
     def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: Callable[[], Iterator[PyTree]], log: Log):
         """`batches` gives the run's first batches anew at each call."""
         self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
-        self.flow = isinstance(built.objective, FlowObjective)
+        self.flow = built.objective.of_latents
         self.plan = experiment.call("config.evaluate", Plan, self.config.get("evaluate", {}))
         vae = self.built.vae
         self.encode = jax.jit(

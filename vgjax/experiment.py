@@ -12,14 +12,13 @@ import json
 import shutil
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from vgjax.data import shapes, text
@@ -33,11 +32,13 @@ from vgjax.models.text import TextEncoder
 from vgjax.nn.codec import stats_of
 from vgjax.objectives.finetune import FinetuneObjective, Lora
 from vgjax.objectives.flow import FlowObjective
+from vgjax.objectives.objective import Objective
 from vgjax.objectives.vae import VAEObjective
 from vgjax.open import tune
 from vgjax.open.store import of_model
 from vgjax.parallel import distributed, layouts, sharding
 from vgjax.training import checkpoint, optimizers
+from vgjax.training.players import Player
 from vgjax.typing import PyTree
 
 MODELS = {
@@ -105,26 +106,16 @@ class Experiment:
     """
 
     config: ConfigDict
-    objective: FlowObjective | FinetuneObjective | VAEObjective
+    objective: Objective
     tokenizer: text.Bytes | text.Words | None
-
-    @property
-    def adapted(self) -> bool:
-        """Whether adapters learn beside a frozen model."""
-        return isinstance(self.objective, FinetuneObjective) and self.objective.lora is not None
 
     def texts(self, count: int) -> dict[str, PyTree]:
         """Abstract `text` and `mask` of so many captions, as a batch has them."""
-        if isinstance(self.objective, FinetuneObjective):
-            text, length = self.objective.encoded(count), self.objective.length
-        else:
-            length = self.tokenizer.length
-            text = jax.ShapeDtypeStruct((count, length, self.tokenizer.hashes), jnp.int32)
-        return {"text": text, "mask": jax.ShapeDtypeStruct((count, length), jnp.bool_)}
+        return self.objective.texts(count, self.tokenizer)
 
     @property
     def vae(self) -> Any:
-        return self.objective.vae if isinstance(self.objective, FlowObjective) else self.objective.model
+        return self.objective.codec
 
 
 def call(where: str, function: Callable[..., Any], section: Mapping[str, Any] | ConfigDict, **given: Any) -> Any:
@@ -230,28 +221,39 @@ def compute_dtype(precision: str) -> Any:
     return table[precision]
 
 
-def optimizer(
-    section: Mapping[str, Any] | ConfigDict, steps: int
-) -> tuple[optax.GradientTransformation, dict[str, Any]]:
-    """(the optimizer with its schedule, the step's own arguments: clip, ema, accumulate) of `config.optim`."""
-    kind, rest = choose("config.optim", optimizers.OPTIMIZERS, section)
-    of_step = call("config.optim", _of_step, {key: rest.pop(key) for key in OF_STEP if key in rest})
-    of_rate = {key: rest.pop(key) for key in ("lr", "schedule", "warmup", "final") if key in rest}
+def players(
+    section: Mapping[str, Any] | ConfigDict, steps: int, names: Sequence[str]
+) -> tuple[tuple[Player, ...], int]:
+    """(players of these names, micro-batches a step) of `config.optim`, whose `players` says what differs for one.
+
+    For a player of another `kind` of optimizer only the options that all kinds share are taken over.
+    """
+    shared = {key: value for key, value in dict(section).items() if key not in ("players", "accumulate")}
+    own = dict(section.get("players", {}))
+    if unknown := sorted(set(own) - set(names)):
+        raise UserError(f"config.optim.players.{unknown[0]} is nobody: the players are {', '.join(names)}")
+    accumulate = section.get("accumulate", 1)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise UserError(f"config.optim.accumulate={accumulate!r} must be a whole number of at least 1")
+    return tuple(_player(name, shared, dict(own.get(name, {})), steps) for name in names), accumulate
+
+
+def _player(name: str, shared: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> Player:
+    where = f"config.optim.players.{name}" if own else "config.optim"
+    if "kind" in own and own["kind"] != shared.get("kind"):
+        shared = {key: value for key, value in shared.items() if key in (*CADENCE, *RATE)}
+    kind, rest = choose(where, optimizers.OPTIMIZERS, {**shared, **own})
+    cadence = call(where, Player, {key: rest.pop(key) for key in CADENCE if key in rest}, name=name, optimizer=None)
+    if not (updates := cadence.updates(steps)):
+        raise UserError(f"{where}.starts={cadence.starts}: it never learns in config.train.steps={steps}; start before")
+    of_rate = {key: rest.pop(key) for key in RATE if key in rest}
     if "schedule" in of_rate:
         of_rate["kind"] = of_rate.pop("schedule")
-    rate = call("config.optim", optimizers.schedule, of_rate, steps=steps)
-    return call("config.optim", kind, rest, rate=rate), of_step
+    rate = call(where, optimizers.schedule, of_rate, steps=updates)
+    return dataclasses.replace(cadence, optimizer=call(where, kind, rest, rate=rate))
 
 
-def _of_step(clip: float = 1.0, ema: float = 0.999, accumulate: int = 1) -> dict[str, Any]:
-    if clip < 0 or not 0 <= ema < 1 or accumulate < 1:
-        raise UserError(
-            f"config.optim needs clip >= 0, 0 <= ema < 1 and accumulate >= 1, got {clip=}, {ema=}, {accumulate=}"
-        )
-    return dict(clip=clip, ema=ema, accumulate=accumulate)
-
-
-OF_STEP = tuple(inspect.signature(_of_step).parameters)
+CADENCE, RATE = ("clip", "ema", "every", "starts"), ("lr", "schedule", "warmup", "final")
 
 
 def data_of(config: ConfigDict) -> Data:
@@ -354,7 +356,7 @@ def _copy(step: Path, own: Path) -> None:
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config with `{workdir}` filled in and the row of SIZES spelled out.
+    """The config with `{workdir}` filled in, the row of SIZES and the defaults of what it leaves out spelled out.
 
     So a checkpoint describes itself also after the table has changed.
     """
@@ -371,7 +373,16 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
     _, sizes = MODELS.get(section.get("kind"), (None, {}))
     if section.get("size") in sizes:
         plain["model"] = {**sizes[section.pop("size")], **section}
+    for name, of_section in (("data", Data), ("layout", layouts.find), ("shift", Shift)):
+        if name in plain:
+            plain[name] = {**_defaults(of_section), **plain[name]}
     return ConfigDict(plain)
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a section that leaves a key out has in its place: a default is a default for every reader."""
+    known = inspect.signature(function).parameters.items()
+    return {name: p.default for name, p in known if p.default is not inspect.Parameter.empty}
 
 
 def difference(config: ConfigDict, defaults: ConfigDict) -> list[str]:

@@ -152,7 +152,7 @@ def mesh_of(config: ConfigDict, kind: str, where: Topology) -> tuple[layouts.Lay
 
 def unit_of(config: ConfigDict, layout: layouts.Layout, mesh: Mesh) -> int:
     """What must divide the batch: each of the micro-batches is spread over all devices of the batch."""
-    return math.prod(mesh.shape[axis] for axis in layout.axes("batch", mesh)) * config.optim.accumulate
+    return math.prod(mesh.shape[axis] for axis in layout.axes("batch", mesh)) * config.optim.get("accumulate", 1)
 
 
 def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespace) -> Row:
@@ -196,7 +196,7 @@ def model_flops(built: experiment.Experiment, job: str) -> float:
     """What the mathematics needs, without padding or recomputation; traced with no layout active."""
     function, inputs = (training if job == "train" else sampling)(built)
     forward = flops.count(function, *inputs)
-    return forward if job == "sample" else flops.training(forward, built.adapted)
+    return forward if job == "sample" else flops.training(forward, built.objective.adapted)
 
 
 def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
@@ -217,13 +217,13 @@ def train_job(built: experiment.Experiment, where: Where) -> Job:
     config, objective = built.config, built.objective
     batch = abstract_batch(built, config.train.batch, where)
     example = jax.eval_shape(objective.prepare, frozen_of(built), batch)
-    optimizer, of_step = experiment.optimizer(config.optim, config.train.steps)
-    abstract, _ = state.builder(objective, optimizer, config.seed, example, *where)
+    players, accumulate = experiment.players(config.optim, config.train.steps, objective.players)
+    abstract, _ = state.builder(objective, players, config.seed, example, *where)
     frozen = frozen_of(built, where)
     count, m = example["mask"].shape
     tokens = count * (objective.model.tokens(example["x"].shape[1:4]) + m)
     kept = {**abstract.params, "base": frozen.get("base", {})}
-    made = step.make(objective, optimizer, abstract, **of_step)
+    made = step.make(objective, players, abstract, accumulate)
     return Job(functools.partial(made.trace, abstract, frozen, batch), abstract, kept, tokens)
 
 
@@ -248,7 +248,7 @@ def sample_job(built: experiment.Experiment, where: Where) -> Job:
 
 def base_of(built: experiment.Experiment, where: Where = None) -> dict[str, PyTree]:
     """What is frozen under adapters: the model, as published."""
-    return {"base": sharding.abstract(built.objective.base(), where, jnp.bfloat16)} if built.adapted else {}
+    return {"base": sharding.abstract(built.objective.base(), where, jnp.bfloat16)} if built.objective.adapted else {}
 
 
 def frozen_of(built: experiment.Experiment, where: Where = None) -> PyTree:

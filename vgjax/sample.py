@@ -28,6 +28,7 @@ from vgjax.data.storage import writing
 from vgjax.errors import UserError, check_finite, door
 from vgjax.flow import guidance, steppers
 from vgjax.flow.path import check_seed, noise, seeded, stepper_keys
+from vgjax.flow.time import Shift
 from vgjax.nn import codec
 from vgjax.nn.codec import decode_tiled, from_unit
 from vgjax.objectives.flow import FlowObjective
@@ -196,7 +197,9 @@ def _pixels(frames: Array) -> tuple[Array, Array]:
 
 def settings_of(config: ConfigDict) -> Settings:
     """The sampling defaults of a flow config; its training shift is also the sampling shift unless said otherwise."""
-    return experiment.call("config.sample", Settings, {"shift": config.shift.factor, **config.sample})
+    return experiment.call(
+        "config.sample", Settings, {"shift": config.shift.get("factor", Shift().factor), **config.sample}
+    )
 
 
 def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int = 0) -> Sampler:
@@ -235,7 +238,7 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
 def wanted(built: experiment.Experiment) -> PyTree:
     """The abstract parameters of an experiment, in their boxes of names."""
     data, objective = built.config.data, built.objective
-    if not isinstance(objective, FlowObjective):
+    if not objective.of_latents:
         clip = {"video": jax.ShapeDtypeStruct((1, data.frames, *data.size, 3), jnp.uint8)}
         return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), objective.prepare({}, batch)), clip)
     shape = built.vae.latent_shape(data.frames, *data.size)

@@ -25,8 +25,6 @@ from vgjax.data.sources import Latents, summary
 from vgjax.data.storage import alone, writing
 from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
-from vgjax.objectives.finetune import FinetuneObjective
-from vgjax.objectives.flow import FlowObjective
 from vgjax.open.store import Store
 from vgjax.open.texts import identity
 from vgjax.parallel import distributed, layouts, sharding
@@ -122,8 +120,9 @@ def main(argv: list[str]) -> None:
 def check(built: experiment.Experiment, plan: Schedule) -> None:
     """What would otherwise be found out after the data is rendered and encoded, or at the first picture."""
     config, data = built.config, experiment.data_of(built.config)
-    _, of_step = experiment.optimizer(config.optim, plan.steps)
-    if not isinstance(built.objective, FinetuneObjective):
+    objective = built.objective
+    _, accumulate = experiment.players(config.optim, plan.steps, objective.players)
+    if not objective.begins_published:
         experiment.call("config.evaluate", evaluate.Plan, config.evaluate)
     elif plan.image_every or plan.evaluate_every:
         raise UserError(
@@ -131,11 +130,11 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
             "it shows nothing of itself; `python -m vgjax.sample --checkpoint WORKDIR` does"
         )
     shape = built.vae.latent_shape(data.frames, *data.size)
-    if isinstance(built.objective, FlowObjective):
+    if objective.of_latents:
         settings_of(config)
-        built.objective.model.tokens(shape[:3])
+    objective.tokens(shape[:3])
     # Every micro-batch lies on all devices of the batch: on fewer, each would compute all of its rows.
-    spread, accumulate = sharding.degree("batch"), of_step["accumulate"]
+    spread = sharding.degree("batch")
     if plan.batch % (spread * accumulate):
         unit = spread * accumulate
         near = [n for n in (plan.batch // unit * unit, -(-plan.batch // unit) * unit) if n]
@@ -154,14 +153,14 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
 
     # 1. The state: abstract from the shapes of a batch, then restored, or born with its shardings.
     example = jax.eval_shape(objective.prepare, frozen, abstract_batch(built, source, plan.batch))
-    optimizer, of_step = experiment.optimizer(config.optim, plan.steps)
-    abstract, init = state.builder(objective, optimizer, config.seed, example, layout, mesh)
+    players, accumulate = experiment.players(config.optim, plan.steps, objective.players)
+    abstract, init = state.builder(objective, players, config.seed, example, layout, mesh)
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
     fresh = checkpoints.latest() is None
     given, base = published(built, fresh, workdir, (layout, mesh))
     now, samples = (init(given), 0) if fresh else restored(checkpoints, abstract, config)
     frozen, given = sharding.replicate(frozen, mesh) | base, None
-    advance = step.make(objective, optimizer, abstract, **of_step)
+    advance = step.make(objective, players, abstract, accumulate)
     start = int(now.step)
 
     # 2. What to show while it runs.
@@ -212,7 +211,7 @@ def published(
 ) -> tuple[PyTree | None, dict[str, PyTree]]:
     """Of open weights: (parameters that a fresh run begins with, None for random ones; those that stay frozen)."""
     objective, config = built.objective, built.config
-    if not isinstance(objective, FinetuneObjective) or not (fresh or objective.lora):
+    if not objective.begins_published or not (fresh or objective.adapted):
         return None, {}
     store, known = Store(Path(config.weights), where=where), workdir / "weights.sha256"
     own = identity(store, config.component)
@@ -225,7 +224,7 @@ def published(
             "the folder that it began with, or start in another workdir"
         )
     _, params, _ = store.read(config.component)
-    return (None, {"base": params}) if objective.lora else ({"velocity": params}, {})
+    return (None, {"base": params}) if objective.adapted else ({"velocity": params}, {})
 
 
 def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> tuple[state.TrainState, int]:
@@ -261,8 +260,8 @@ def open_data(
         "bad_files": bad,
         **{name: getattr(data, name) for name in LOADED},
     }
-    tuned = isinstance(built.objective, FinetuneObjective)
-    if tuned or (isinstance(built.objective, FlowObjective) and config.latents):
+    tuned = built.objective.begins_published
+    if tuned or (built.objective.of_latents and config.latents):
         if jax.process_count() > 1 and not Path(config.latents).exists():
             raise UserError(
                 f"config.latents={config.latents} does not exist: a job of several processes reads latents that "
@@ -305,16 +304,18 @@ def work(
     """What one step does, for the rates of the log; FLOPs are those that what is trained needs."""
     data, objective = built.config.data, built.objective
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
-    (player,) = objective.players
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), frozen)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.off():  # heads or tokens that a layout pads are no model FLOPs
         own = frozen | params
-        forward = flops.count(lambda p, batch, key: objective.loss(player, p, batch, key)[0], own, example, key)
+        forward = sum(
+            flops.count(lambda p, batch, key, name=name: objective.loss(name, p, batch, key)[0], own, example, key)
+            for name in objective.players
+        )
     tokens = 0
-    if isinstance(objective, FlowObjective):
-        tokens = plan.batch * (objective.model.tokens(example["x"].shape[1:4]) + example["mask"].shape[1])
-    devices = jax.devices()[: built.config.layout.devices or None]
+    if objective.of_latents:
+        tokens = plan.batch * (objective.tokens(example["x"].shape[1:4]) + example["mask"].shape[1])
+    devices = jax.devices()[: built.config.layout.get("devices", 0) or None]
     dtype = experiment.compute_dtype(built.config.precision)
     peaks = [flops.peak(device.device_kind, dtype) for device in devices]
     total = None if None in peaks else sum(peaks)
@@ -322,7 +323,7 @@ def work(
         "samples": plan.batch,
         "frames": plan.batch * data.frames,
         "tokens": tokens,
-        "flops": flops.training(forward, built.adapted),
+        "flops": flops.training(forward, objective.adapted),
         "peak": total,
     }
 

@@ -26,6 +26,7 @@ from vgjax.parallel import layouts, sharding
 from vgjax.planner import hlo
 from vgjax.training import state, step
 from vgjax.training.optimizers import adamw, schedule
+from vgjax.training.players import alike
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BATCH, STEPS, B1 = 8, 3, 0.9
@@ -113,17 +114,18 @@ def run(kind, name, devices, **asked):
     layout, mesh = layouts.find(name, devices, **asked)
     # A key's bias has no gradient, since softmax does not see it: with a small eps Adam makes steps of its rounding.
     objective, optimizer = kind(layout), adamw(schedule("constant", 1e-3, 0, 100), b1=B1, eps=1e-4)
+    players = alike(objective.players, optimizer, clip=0.0)
     (player,) = objective.players
     frozen = {"stats": LatentStats(np.zeros(4, np.float32), np.ones(4, np.float32))}
     with sharding.use(layout, mesh):
         example = jax.eval_shape(objective.prepare, frozen, batch_of(kind, 0))
-        abstract, _ = state.builder(objective, optimizer, 0, example, layout, mesh)
+        abstract, _ = state.builder(objective, players, 0, example, layout, mesh)
         params = perturbed_like(abstract.params)
         now = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract).replace(params=params, ema=params)
         now = jax.tree.map(np.array, now)  # each leaf a buffer of its own, to be donated
         now = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), now, abstract)
         batches = [sharding.place(batch_of(kind, number), layout, mesh) for number in range(STEPS)]
-        train = step.make(objective, optimizer, abstract, clip=0.0).lower(abstract, frozen, batches[0]).compile()
+        train = step.make(objective, players, abstract).lower(abstract, frozen, batches[0]).compile()
         for number, batch in enumerate(batches):
             now, metrics = train(now, frozen, batch)
             if number == 0:
@@ -202,7 +204,7 @@ def test_no_large_leaf_of_the_state_is_whole_on_every_device(name):
         frozen = {"stats": LatentStats(np.zeros(4, np.float32), np.ones(4, np.float32))}
         objective = kind(layout)
         example = jax.eval_shape(objective.prepare, frozen, batch_of(kind, 0))
-        abstract, _ = state.builder(objective, optimizer, 0, example, layout, mesh)
+        abstract, _ = state.builder(objective, alike(objective.players, optimizer), 0, example, layout, mesh)
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
             if leaf.size >= 1024:
                 assert not leaf.sharding.is_fully_replicated, jax.tree_util.keystr(path)

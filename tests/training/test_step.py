@@ -10,10 +10,13 @@ import optax
 import pytest
 from flax import linen as nn
 
+from vgjax.errors import UserError
 from vgjax.losses.mean import pair
 from vgjax.parallel import layouts, sharding
 from vgjax.training import state, step
+from vgjax.training.checkpoint import Checkpoints, digest
 from vgjax.training.optimizers import adamw, decay_mask, hidden_matrices, muon, schedule
+from vgjax.training.players import Player, alike
 
 WIDTH, BATCH = 16, 8
 
@@ -49,15 +52,16 @@ def batch_of(number: int, bad: int | None = None) -> dict[str, np.ndarray]:
     return {"x": x, "y": x[:, :2] * 2, "index": index}
 
 
-def trained(kind: str = "dp", devices: int = 1, batches=None, **how):
+def trained(kind: str = "dp", devices: int = 1, batches=None, accumulate=1, players=None, **how):
     objective, optimizer = Regression(), adamw(schedule("constant", 0.01, 0, 100), weight_decay=0.1)
+    players = players or alike(objective.players, optimizer, **how)
     layout, mesh = layouts.find(kind, devices)
     frozen = {"scale": jnp.float32(1.5)}
     batches = [batch_of(i) for i in range(3)] if batches is None else batches
     with sharding.use(layout, mesh):
         example = jax.eval_shape(objective.prepare, frozen, batch_of(0))
-        abstract, init = state.builder(objective, optimizer, 7, example, layout, mesh)
-        now, run = init(), step.make(objective, optimizer, abstract, **how)
+        abstract, init = state.builder(objective, players, 7, example, layout, mesh)
+        now, run = init(), step.make(objective, players, abstract, accumulate)
         history = [jax.device_get(now)]
         for batch in batches:
             now, metrics = run(now, sharding.replicate(frozen, mesh), sharding.place(batch, layout, mesh))
@@ -114,23 +118,25 @@ def test_a_finite_loss_with_an_infinite_gradient_is_dropped():
             loss = jnp.sqrt(jnp.abs(params[player]["bias"]).sum())  # finite at 0, its slope is not
             return loss, {f"loss/{player}": pair(loss)}
 
-    objective, optimizer = Cliff(), optax.sgd(0.1)
+    objective = Cliff()
+    players = alike(objective.players, optax.sgd(0.1))
     layout, mesh = layouts.find("dp", 1)
     with sharding.use(layout, mesh):
-        abstract, init = state.builder(objective, optimizer, 0, batch_of(0), layout, mesh)
-        now, _ = step.make(objective, optimizer, abstract)(init(), {"scale": 1.0}, batch_of(0))
+        abstract, init = state.builder(objective, players, 0, batch_of(0), layout, mesh)
+        now, _ = step.make(objective, players, abstract)(init(), {"scale": 1.0}, batch_of(0))
     assert now.dropped.tolist() == [1, 1]
     assert np.isfinite(np.asarray(now.params["first"]["bias"])).all()
 
 
 def test_clip_bounds_the_norm_of_the_update():
     def moved(clip):
-        objective, optimizer = Regression(), optax.sgd(1.0)
+        objective = Regression()
+        players = alike(objective.players, optax.sgd(1.0), clip=clip)
         layout, mesh = layouts.find("dp", 1)
         with sharding.use(layout, mesh):
-            abstract, init = state.builder(objective, optimizer, 0, batch_of(0), layout, mesh)
+            abstract, init = state.builder(objective, players, 0, batch_of(0), layout, mesh)
             before = jax.device_get(init().params)
-            run = step.make(objective, optimizer, abstract, clip=clip)
+            run = step.make(objective, players, abstract)
             after = jax.device_get(run(init(), {"scale": jnp.float32(1.0)}, batch_of(0))[0].params)
         return float(optax.global_norm(jax.tree.map(jnp.subtract, after["first"], before["first"])))
 
@@ -192,23 +198,84 @@ def test_muon_takes_the_matrices_of_blocks_alone_and_its_updates_are_orthogonal(
 
 
 def test_moments_of_an_optimizer_that_takes_some_parameters_are_sharded_too():
-    objective, optimizer = Regression(), muon(lambda count: 0.01)
+    objective = Regression()
+    players = alike(objective.players, muon(lambda count: 0.01))
     layout, mesh = layouts.find("fsdp", 8)
     with sharding.use(layout, mesh):
-        abstract, init = state.builder(objective, optimizer, 0, batch_of(0), layout, mesh)
+        abstract, init = state.builder(objective, players, 0, batch_of(0), layout, mesh)
         now = init()
     large = [leaf for leaf in jax.tree.leaves(now.opt) if leaf.shape == (WIDTH, 2)]
     assert large and all(leaf.addressable_shards[0].data.shape == (WIDTH // 8, 2) for leaf in large)
 
 
 def test_the_old_state_is_given_away_so_that_two_never_lie_in_memory():
-    objective, optimizer = Regression(), adamw(schedule("constant", 0.01, 0, 100))
+    objective = Regression()
+    players = alike(objective.players, adamw(schedule("constant", 0.01, 0, 100)))
     layout, mesh = layouts.find("fsdp", 8)
     frozen = {"scale": jnp.float32(1.5)}
     with sharding.use(layout, mesh):
         example = jax.eval_shape(objective.prepare, frozen, batch_of(0))
-        abstract, init = state.builder(objective, optimizer, 7, example, layout, mesh)
-        old, run = init(), step.make(objective, optimizer, abstract)
+        abstract, init = state.builder(objective, players, 7, example, layout, mesh)
+        old, run = init(), step.make(objective, players, abstract)
         run(old, sharding.replicate(frozen, mesh), sharding.place(batch_of(0), layout, mesh))
     kept = [leaf for leaf in jax.tree.leaves(old) if not leaf.is_deleted()]
     assert not [leaf.shape for leaf in kept if leaf.size > 1]
+
+
+def two(**second) -> tuple[Player, ...]:
+    """A player that learns by SGD at every step, and one of another optimizer and cadence."""
+    return Player("first", optax.sgd(0.05), ema=0.5), Player("second", optax.adam(0.01), ema=0.9, **second)
+
+
+def moves(history, name: str) -> list[bool]:
+    """At which steps the parameters of a player changed."""
+    kernels = [h.params[name]["kernel"] for h in history]
+    return [bool(np.any(a != b)) for a, b in zip(kernels, kernels[1:], strict=False)]
+
+
+def test_each_player_learns_at_its_own_steps_by_its_own_optimizer_and_average():
+    players = two(every=2, starts=1)
+    batches = [batch_of(i) for i in range(6)]
+    _, _, history, metrics = trained(batches=batches, players=players)
+    assert moves(history, "first") == [True] * 6
+    assert moves(history, "second") == [False, True, False, True, False, True]
+    assert [int(h.opt["second"][0].count) for h in history] == [0, 0, 1, 1, 2, 2, 3] and players[1].updates(6) == 3
+    average = history[1].ema["second"]["kernel"]
+    for update, step_ in enumerate((2, 4, 6)):
+        decay = min(0.9, (1 + update) / (10 + update))
+        average = decay * average + (1 - decay) * history[step_].params["second"]["kernel"]
+    np.testing.assert_allclose(history[6].ema["second"]["kernel"], average, rtol=1e-5)
+    assert metrics["norm/second"][1] == 1 and metrics["dropped"].tolist() == [0, 1]
+    _, _, _, early = trained(batches=batches[:1], players=players)
+    assert early["norm/second"].tolist() == [0, 0] and early["loss/second"].tolist() == [0, 0]
+
+
+def test_players_of_other_cadences_are_on_eight_devices_what_they_are_on_one():
+    batches = [batch_of(i) for i in range(4)]
+    one = trained(batches=batches, players=two(every=2))[2][-1]
+    many = trained("fsdp", 8, batches=batches, players=two(every=2))[2][-1]
+    close((one.params, one.opt, one.ema), (many.params, many.opt, many.ema))
+
+
+def test_two_players_go_on_from_a_checkpoint_as_if_they_had_not_stopped(tmp_path):
+    batches = [batch_of(i) for i in range(5)]
+    layout, mesh = layouts.find("dp", 1)
+    objective, players, frozen = Regression(), two(every=2, starts=1), {"scale": jnp.float32(1.5)}
+    with sharding.use(layout, mesh), Checkpoints(tmp_path) as kept:
+        example = jax.eval_shape(objective.prepare, frozen, batch_of(0))
+        abstract, init = state.builder(objective, players, 7, example, layout, mesh)
+        run, now = step.make(objective, players, abstract), init()
+        for number, batch in enumerate(batches):
+            now, _ = run(now, frozen, batch)
+            if number == 2:
+                kept.save(3, now, {}, wait=True)
+        again, _, _ = kept.restore(abstract)
+        for batch in batches[3:]:
+            again, _ = run(again, frozen, batch)
+    assert digest(again) == digest(now)
+
+
+@pytest.mark.parametrize("wrong", [dict(every=0), dict(starts=-1), dict(ema=1.0), dict(clip=-1.0)])
+def test_a_player_without_sense_is_refused(wrong):
+    with pytest.raises(UserError, match="the player critic needs clip >= 0"):
+        Player("critic", optax.sgd(0.1), **wrong)

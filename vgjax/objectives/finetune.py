@@ -5,7 +5,7 @@ Its captions come encoded by its own encoders, its latents by its own VAE (`vgja
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,29 +46,36 @@ class FinetuneObjective(FlowObjective):
     model is told. times: the part of time that the model serves, onto which the timestep law is squeezed.
     """
 
-    text: None = None
+    text: Any = None  # captions come encoded
     velocity_of: Callable[..., Velocity]
     inputs: Callable[[Any], tuple[Any, ...]]
     length: int
     lora: Lora | None = None
     guidance: float = 1.0
     times: tuple[float, float] = (0.0, 1.0)
+    begins_published: ClassVar[bool] = True
+
+    @property
+    def adapted(self) -> bool:
+        return self.lora is not None
 
     def __post_init__(self) -> None:
         if len(self.times) != 2 or not 0 <= self.times[0] < self.times[1] <= 1:
             raise UserError(f"objective.times={self.times} must be two times, 0 <= first < second <= 1")
 
     def base(self) -> PyTree:
-        """The transformer's abstract parameters, in their boxes of names."""
+        if not self.adapted:
+            return {}
         # The key inside: the devices of a plan are absent.
         return jax.eval_shape(lambda *x: self.model.init(jax.random.key(0), *x), *self.inputs(self.model))["params"]
 
-    def encoded(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def texts(self, count: int, tokenizer: Any) -> dict[str, PyTree]:
         """Abstract captions of `count` samples, as encoders give them."""
         found = zip(("c", "mask", "vec"), self.inputs(self.model)[2:5], strict=False)
         shapes = {name: (count, *leaf.shape[1:]) for name, leaf in found if leaf is not None and name != "mask"}
         shapes["c"] = (count, self.length, shapes["c"][-1])
-        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        text = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        return {"text": text, "mask": jax.ShapeDtypeStruct((count, self.length), jnp.bool_)}
 
     def init(self, key: Key, batch: PyTree) -> Params:
         """Boxed parameters; those of the transformer are at random until the published ones take their place."""

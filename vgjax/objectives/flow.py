@@ -16,6 +16,7 @@ from vgjax.flow.steppers import Velocity
 from vgjax.flow.time import Shift, Uniform
 from vgjax.losses.mean import pair
 from vgjax.nn.codec import to_unit
+from vgjax.objectives.objective import tokenized
 from vgjax.objectives.vae import from_uint8
 from vgjax.typing import Array, Bool, Float, Key, Params, PyTree
 
@@ -37,6 +38,22 @@ class FlowObjective:
     precondition: bool = False
     bins: int = 4
     players: ClassVar[tuple[str, ...]] = ("velocity",)
+    of_latents: ClassVar[bool] = True
+    begins_published: ClassVar[bool] = False
+    adapted: ClassVar[bool] = False
+
+    @property
+    def codec(self) -> Any:
+        return self.vae
+
+    def base(self) -> PyTree:
+        return {}
+
+    def texts(self, count: int, tokenizer: Any) -> dict[str, PyTree]:
+        return tokenized(count, tokenizer)
+
+    def tokens(self, latents: tuple[int, ...]) -> int:
+        return self.model.tokens(latents)
 
     def init(self, key: Key, batch: PyTree) -> Params:
         """Boxed parameters from a prepared batch."""

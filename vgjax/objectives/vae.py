@@ -7,7 +7,7 @@ of devices.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from vgjax.flow.path import sample_keys
 from vgjax.losses.mean import pair
 from vgjax.losses.term import View, terms
 from vgjax.metrics.psnr import psnr
+from vgjax.objectives.objective import tokenized
 from vgjax.typing import Array, Float, Key, Params, PyTree, UInt8
 
 
@@ -30,12 +31,28 @@ class VAEObjective:
 
     model: Any  # a Linen VAE with `encode` and `decode`
     weights: Mapping[str, float] | tuple[tuple[str, float], ...] = (("recon", 1.0), ("kl", 1e-6))
+    of_latents: ClassVar[bool] = False
+    begins_published: ClassVar[bool] = False
+    adapted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(dict(self.weights).items()))
         for name, _ in self.weights:
             if name not in terms():
                 raise UserError(f"objective.weights names the loss {name!r}; choose from {', '.join(terms())}")
+
+    @property
+    def codec(self) -> Any:
+        return self.model
+
+    def base(self) -> PyTree:
+        return {}
+
+    def texts(self, count: int, tokenizer: Any) -> dict[str, PyTree]:
+        return tokenized(count, tokenizer)
+
+    def tokens(self, latents: tuple[int, ...]) -> int:
+        return 0
 
     @property
     def players(self) -> tuple[str, ...]:

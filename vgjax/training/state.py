@@ -4,17 +4,17 @@ Every leaf is a plain array, so a checkpoint is the state and nothing else; the 
 step's randomness is `fold_in(seed, step)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax.parallel import sharding
+from vgjax.training.players import Player
 from vgjax.typing import Array, Key, Params, PyTree
 
 
@@ -45,7 +45,7 @@ def _leaf(seed: int) -> Array:
 
 
 def builder(
-    objective: Any, optimizer: optax.GradientTransformation, seed: int, example: PyTree, layout: Any, mesh: Mesh
+    objective: Any, players: Sequence[Player], seed: int, example: PyTree, layout: Any, mesh: Mesh
 ) -> tuple[TrainState, Callable[..., TrainState]]:
     """(abstract state with shardings, function that makes the initial state born with them, of parameters if given).
 
@@ -62,7 +62,7 @@ def builder(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt={player: optimizer.init(params[player]) for player in objective.players},
+            opt={player.name: player.optimizer.init(params[player.name]) for player in players},
             ema=jax.tree.map(jnp.copy, params),
             dropped=jnp.zeros((2,), jnp.int32),
             seed=_leaf(seed),
@@ -72,7 +72,7 @@ def builder(
     shapes = jax.eval_shape(init, sharding.unboxed(boxes))  # the model is traced once
     everywhere = NamedSharding(mesh, PartitionSpec())
     of_params = sharding.shardings(boxes, layout, mesh)
-    of_opt = {name: _like(shapes.params[name], of_params[name], shapes.opt[name]) for name in objective.players}
+    of_opt = {one.name: _like(shapes.params[one.name], of_params[one.name], shapes.opt[one.name]) for one in players}
     of_opt = jax.tree.map(lambda found: found or everywhere, of_opt, is_leaf=lambda found: found is None)
     specs = TrainState(everywhere, of_params, of_opt, of_params, everywhere, everywhere)
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, specs)

@@ -5,7 +5,7 @@ the step number and the two counters of dropped steps move on. Multiplying an up
 0 * NaN is NaN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,43 +14,38 @@ import optax
 from einops import rearrange
 
 from vgjax.losses.mean import pair
+from vgjax.training.players import Player
 from vgjax.training.state import TrainState, key_of
 from vgjax.typing import Array, Float, Key, Params, PyTree
 
+Learned = tuple[Params, PyTree, Params]  # a player's parameters, optimizer state and average
 Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]
 
 
-def make(
-    objective: Any,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    clip: float = 1.0,
-    ema: float = 0.999,
-    accumulate: int = 1,
-) -> Step:
+def make(objective: Any, players: Sequence[Player], abstract: TrainState, accumulate: int = 1) -> Step:
     """The compiled `step(state, frozen, batch) -> (state, metrics)`.
 
     `batch` comes raw from the loader, with its leading dim divisible by `accumulate`; `frozen` are parameters that no
-    one trains (a VAE under a flow). Metrics are pairs (sum, count). `clip` bounds the global gradient norm of each
-    player (0: no bound); the EMA decay warms up as `(1 + step) / (10 + step)`.
+    one trains (a VAE under a flow). The players learn in turn, each from what those before it have become. Metrics are
+    pairs (sum, count); those of a player that does not learn at a step count nothing.
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key_of(state.seed), state.step)
         batch = objective.prepare(frozen, batch)
-        params, opt, metrics, good = dict(state.params), dict(state.opt), {}, jnp.asarray(True)
-        for player in objective.players:
-            loss, grads, seen = _gradients(objective, player, {**frozen, **params}, batch, key, accumulate)
-            grads = jax.tree.map(_as_placed, grads, abstract.params[player])
-            norm = optax.global_norm(grads)
-            good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
-            scale = jnp.minimum(1.0, clip / (norm + 1e-6)) if clip else 1.0
-            grads = jax.tree.map(lambda g, s=scale: g * s, grads)
-            updates, opt[player] = optimizer.update(grads, opt[player], params[player])
-            params[player] = optax.apply_updates(params[player], updates)
-            metrics |= seen | {f"norm/{player}": pair(norm)}
-        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-        averaged = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), state.ema, params)
+        params, opt, averaged = dict(state.params), dict(state.opt), dict(state.ema)
+        metrics, good = {}, jnp.asarray(True)
+        for player in players:
+            name = player.name
+
+            def learn(own: Learned, player: Player = player) -> tuple[Learned, tuple[dict[str, Array], Array]]:
+                everyone = {**frozen, **params}
+                return _learn(objective, player, own, everyone, batch, key, accumulate, state.step, abstract)
+
+            own = params[name], opt[name], averaged[name]
+            own, (seen, fine) = learn(own) if player.always else _at_its_turn(player, learn, own, state.step)
+            params[name], opt[name], averaged[name] = own
+            metrics, good = metrics | seen, good & fine
         params, opt, averaged = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt, averaged), (state.params, state.opt, state.ema)
         )
@@ -62,6 +57,43 @@ def make(
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(train_step, donate_argnums=0, in_shardings=(placed, None, None), out_shardings=(placed, None))
+
+
+def _learn(
+    objective: Any,
+    player: Player,
+    own: Learned,
+    everyone: Params,
+    batch: PyTree,
+    key: Key,
+    accumulate: int,
+    step: Array,
+    abstract: TrainState,
+) -> tuple[Learned, tuple[dict[str, Array], Array]]:
+    """(what a player becomes, (its metrics, whether loss and gradient norm are finite))."""
+    params, opt, average = own
+    loss, grads, seen = _gradients(objective, player.name, everyone, batch, key, accumulate)
+    grads = jax.tree.map(_as_placed, grads, abstract.params[player.name])
+    norm = optax.global_norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    scale = jnp.minimum(1.0, player.clip / (norm + 1e-6)) if player.clip else 1.0
+    grads = jax.tree.map(lambda g, s=scale: g * s, grads)
+    updates, opt = player.optimizer.update(grads, opt, params)
+    params = optax.apply_updates(params, updates)
+    before = step if player.always else (step - player.starts) // player.every  # its own updates
+    decay = jnp.minimum(player.ema, (1.0 + before) / (10.0 + before))
+    average = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), average, params)
+    return (params, opt, average), (seen | {f"norm/{player.name}": pair(norm)}, good)
+
+
+def _at_its_turn(
+    player: Player, learn: Callable[..., Any], own: Learned, step: Array
+) -> tuple[Learned, tuple[dict[str, Array], Array]]:
+    """`learn` at the player's steps; at the others nothing is computed, and its metrics count nothing."""
+    _, (seen, _) = jax.eval_shape(learn, own)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
+    due = (step >= player.starts) & ((step - player.starts) % player.every == 0)
+    return jax.lax.cond(due, learn, lambda own: (own, (nothing, jnp.asarray(True))), own)
 
 
 def _gradients(
