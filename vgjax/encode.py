@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from vgjax.open.store import Store
 from vgjax.open.texts import embed, identity, padded, reading
 from vgjax.parallel import distributed, sharding
 from vgjax.training import checkpoint, program
-from vgjax.typing import PyTree
+from vgjax.typing import Float, PyTree
 
 ROWS, CLIP_BYTES = 32, 2**28  # clips encoded at a time: at most so many, of so many bytes (fp32) on a device
 CAPTIONS = 512  # read by the encoders at a time: more would fill the host's memory with embeddings
@@ -114,38 +114,65 @@ class Published:
 
 
 def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path, bad_files: Path) -> None:
-    """Writes the latents of every clip of `source` to `out` unless they are there, made by the same models."""
+    """Writes the latents of every clip of `source` to `out`, unless they are there, made by the same models.
+
+    Where clips or captions have changed since, the set is written anew: latents of unchanged files are taken over.
+    """
+    clip = Clip(data.frames, tuple(data.size), data.fps)
     made_by = by.made_by() | {
         "frames": data.frames,
         "size": list(data.size),
         "fps": data.fps,
         "source": str(source.path),
     }
+    stamp, old = source.stamp(), None
     if out.exists():
-        there = Latents(out).meta["meta"]
+        old = Latents(out)
+        there = old.meta["meta"]
         other = [key for key in made_by if there.get(key) != made_by[key]]
         if other:
             raise UserError(
                 f"the latents in {out} were made with another {', '.join(other)}: delete the folder or give another one"
             )
-        return
+        if there.get("stamp") == stamp:
+            return
+        if jax.process_count() > 1:
+            raise UserError(f"clips of {source.path} have changed since {out} was written: run vgjax.encode before")
     by.check(data.frames, tuple(data.size))
-    bad = BadFiles(bad_files, names(source), Clip(data.frames, tuple(data.size), data.fps).settings)
-    captions = []
-    with LatentWriter(out, made_by) as writer:
-        with by.encoder(data.frames, tuple(data.size)) as (batch, encode):
-            for group in _groups(_readable(source, data, bad), batch):
-                latents = encode(np.stack([example.array for example in group]))
-                for example, latent in zip(group, latents, strict=True):
-                    writer.add(latent, example.caption, example.id)
-                    captions.append(example.caption)
+    known = old.contents() if old else {}
+    contents = {record: source.content(record) for record in range(len(source))} if known else {}
+    kept = {record: known[content] for record, content in contents.items() if content in known}
+    bad, captions = BadFiles(bad_files, names(source), clip.settings), []
+    with LatentWriter(out, made_by | {"stamp": stamp}, replace=old is not None) as writer:
+        fresh = _encoded(_readable(source, data, bad, kept), by, clip) if len(kept) < len(source) else iter(())
+        coming = next(fresh, None)
+        for record, (_, caption) in enumerate(source.records):
+            if record in kept:
+                latent, _ = old.load(kept[record])
+            elif coming and coming[0] == record:
+                (_, latent), coming = coming, next(fresh, None)
+            else:
+                continue  # it could not be read
+            writer.add(latent, caption, record, contents.get(record) or source.content(record))
+            captions.append(caption)
         bad.check(data.get("max_bad", 0.1))
         by.read(captions, writer)
-    print(f"encoded {writer.count} of {len(source)} clips into {out}", flush=True)
+    taken = f", {len(kept)} of them taken over" if kept else ""
+    print(f"encoded {writer.count} of {len(source)} clips into {out}{taken}", flush=True)
 
 
-def _readable(source: Folder, data: ConfigDict, bad: BadFiles) -> Iterator[Example]:
-    for example in examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps):
+def _encoded(
+    found: Iterator[Example], by: Trained | Published, clip: Clip
+) -> Iterator[tuple[int, Float[np.ndarray, "t h w c"]]]:
+    """(record, latent) of readable examples, in their order."""
+    with by.encoder(clip.frames, clip.size) as (batch, encode):
+        for group in _groups(found, batch):
+            latents = encode(np.stack([example.array for example in group]))
+            yield from ((example.id, latent) for example, latent in zip(group, latents, strict=True))
+
+
+def _readable(source: Folder, data: ConfigDict, bad: BadFiles, without: Collection[int]) -> Iterator[Example]:
+    for example in examples(source, frames=data.frames, size=tuple(data.size), fps=data.fps, without=without):
         if example.reason is None:
             yield example
         else:

@@ -279,7 +279,8 @@ def source(config: ConfigDict, split: str = "train") -> Folder:
         with distributed.first():
             shapes.write(world, folder, data.count if split == "train" else data.held_out, split, config.seed)
         return Folder(folder)
-    return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path))
+    captioned = config.objective.kind != "vae"  # captions are for what is conditioned on them
+    return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path), captioned)
 
 
 def captions(config: ConfigDict, split: str) -> list[str]:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,18 +285,21 @@ def examples(
     fps: float | int | None = None,
     threads: int = 2,
     timeout_s: float | int = 300.0,
+    without: Collection[int] = (),
 ) -> Iterator[Example]:
-    """Every record once, in order: first window, centre crop, full caption. Bad ones come with their reason.
+    """Every record once, in order, but those `without`: first window, centre crop, full caption. Bad ones come with
+    their reason.
 
     What the source skipped comes first, with id -1. A record that takes longer than a quarter of `timeout_s` is bad.
     """
     _parse_flags()
     for file, reason in source.skipped:
         yield Example(-1, file, "", None, reason)
-    load = functools.partial(_example, source, Clip(frames, size, fps, timeout_s * SHARE))
-    stream = _Stream(grain.MapDataset.range(len(source)).map(load), 0, 0, threads)
+    records = [record for record in range(len(source)) if record not in without]
+    load = functools.partial(_example, source, Clip(frames, size, fps, timeout_s * SHARE), records)
+    stream = _Stream(grain.MapDataset.range(len(records)).map(load), 0, 0, threads)
     try:
-        for step in range(len(source)):
+        for step in range(len(records)):
             item = stream.take(step, timeout_s)
             if isinstance(item, Exception):
                 raise item
@@ -305,9 +308,10 @@ def examples(
         stream.close()
 
 
-def _example(source: Source, clip: Clip, record: int) -> Example:
+def _example(source: Source, clip: Clip, records: list[int], place: int) -> Example:
+    record = records[int(place)]
     try:
-        array, caption = read(source, int(record), clip, None)
-        return Example(int(record), source.name(int(record)), caption, array, None)
+        array, caption = read(source, record, clip, None)
+        return Example(record, source.name(record), caption, array, None)
     except Unreadable as error:
-        return Example(int(record), source.name(int(record)), "", None, str(error))
+        return Example(record, source.name(record), "", None, str(error))

@@ -5,6 +5,7 @@ knows to be useless are in `skipped`, with their reasons; what turns out bad on 
 """
 
 import functools
+import hashlib
 import json
 import os
 import queue
@@ -99,14 +100,15 @@ def read(source: Source, record: int, clip: Clip, rng: np.random.Generator | Non
 class Folder:
     """Videos and images under `path` with `captions.jsonl` ({"video", "caption"} a line), or a `.txt` beside each file.
 
-    A file may have several lines, each is a record. Files in neither place are skipped, and so are lines that name a
-    missing file. Records are ordered by line, then by name.
+    A file may have several lines, each is a record. Files in neither place are skipped, or have the empty caption where
+    none are needed (`captioned=False`); lines that name a missing file are skipped. Records are ordered by line, then
+    by name.
     """
 
     kind = "video"
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, captioned: bool = True):
+        self.path, self.captioned = Path(path), captioned
         if not self.path.is_dir():
             raise UserError(f"{path}: no such folder of videos")
         files = sorted(_found(self.path))
@@ -129,16 +131,30 @@ class Folder:
     def _add(self, file: Path, caption: str | None) -> None:
         if not file.is_file():
             self.skipped.append(Bad(str(file), "there is no such file, though captions.jsonl or a link names it"))
-        elif not caption:
+        elif not caption and self.captioned:
             self.skipped.append(Bad(str(file), "no caption"))
         else:
-            self.records.append((str(file), caption))
+            self.records.append((str(file), caption or ""))
+
+    def stamp(self) -> str:
+        """sha256 of all records as they are on the disk: name, size, time of the last change, caption."""
+        total = hashlib.sha256()
+        for file, caption in self.records:
+            stat = os.stat(file)
+            name = os.path.relpath(file, self.path)
+            total.update(json.dumps([name, stat.st_size, stat.st_mtime_ns, caption]).encode())
+        return total.hexdigest()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def name(self, record: int) -> str:
         return self.records[record][0]
+
+    def content(self, record: int) -> str:
+        """sha256 of the bytes of a record's file."""
+        with open(self.records[record][0], "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self, record: int, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, str]:
         file, caption = self.records[record]
@@ -236,28 +252,37 @@ class Latents:
         self, record: int, clip: Clip | None = None, rng: np.random.Generator | None = None
     ) -> tuple[np.ndarray, str]:
         try:
-            packed = self.records[record]
-            (size,) = struct.unpack_from("<I", packed)
-            head = json.loads(packed[4 : 4 + size])
-            latent = np.frombuffer(packed, "<f4", offset=4 + size).reshape(self.meta["shape"])
+            head, packed = self._head(record)
+            latent = np.frombuffer(packed, "<f4").reshape(self.meta["shape"])
         except (RuntimeError, ValueError, struct.error, KeyError) as error:
             raise Unreadable(f"the record is damaged: {error}") from error
         return latent, head["caption"]
+
+    def contents(self) -> dict[str, int]:
+        """Of the bytes of each clip (sha256) the record that was made of them; sets of old say nothing of it."""
+        heads = (self._head(record)[0] for record in range(len(self)))
+        return {head["content"]: record for record, head in enumerate(heads) if head.get("content")}
+
+    def _head(self, record: int) -> tuple[dict[str, Any], bytes]:
+        packed = self.records[record]
+        (size,) = struct.unpack_from("<I", packed)
+        return json.loads(packed[4 : 4 + size]), packed[4 + size :]
 
 
 class LatentWriter:
     """Writes latents as ArrayRecord: `with LatentWriter(path, meta) as writer: writer.add(latent, caption, id)`.
 
-    Everything goes to a folder beside `path` that takes its name only when all is written; an exception leaves nothing.
-    A record is a length, a JSON head with caption and id, and the raw floats. `meta` must be JSON (the VAE's config).
-    Captions that an encoder has read are added by `add_text`, for `Embeddings`.
+    Everything goes to a folder beside `path` that takes its name only when all is written; an exception leaves nothing
+    (with `replace`: what was there). A record is a length, a JSON head with caption, id and the sha256 of the clip's
+    file, and the raw floats. `meta` must be JSON (the VAE's config). Captions that an encoder has read are added by
+    `add_text`, for `Embeddings`.
     """
 
-    def __init__(self, path: str | Path, meta: dict[str, Any]):
-        self.path, self.meta = Path(path), meta
+    def __init__(self, path: str | Path, meta: dict[str, Any], replace: bool = False):
+        self.path, self.meta, self.replace = Path(path), meta, replace
         self.count, self.shape, self.texts = 0, None, None
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        if self.path.exists():
+        if self.path.exists() and not replace:
             raise UserError(f"{path}: already there; delete it or choose another place for the latents")
 
     def __enter__(self) -> "LatentWriter":
@@ -270,12 +295,12 @@ class LatentWriter:
             raise UserError(f"{self.path}: latents can't be written here ({error})") from error
         return self
 
-    def add(self, latent: Float[np.ndarray, "t h w c"], caption: str, id: int) -> None:
+    def add(self, latent: Float[np.ndarray, "t h w c"], caption: str, id: int, content: str = "") -> None:
         """Appends one record; all must have one shape."""
         self.shape = self.shape or latent.shape
         if latent.shape != self.shape:
             raise UserError(f"{self.path}: latents of one set have one shape, got {latent.shape} after {self.shape}")
-        head = json.dumps({"caption": caption, "id": int(id)}).encode()
+        head = json.dumps({"caption": caption, "id": int(id), "content": content}).encode()
         self.writer.write(struct.pack("<I", len(head)) + head + np.ascontiguousarray(latent, "<f4").tobytes())
         self.count += 1
 
@@ -292,7 +317,13 @@ class LatentWriter:
             if kind is None and self.count:
                 meta = {"meta": self.meta, "shape": self.shape, "count": self.count}
                 (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-                os.rename(self.temporary, self.path)
+                if self.replace and self.path.exists():
+                    old = self.temporary.with_suffix(".old")
+                    os.rename(self.path, old)
+                    os.rename(self.temporary, self.path)
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    os.rename(self.temporary, self.path)
         except (OSError, RuntimeError) as problem:
             raise UserError(f"{self.path}: latents can't be written here ({problem})") from problem
         finally:

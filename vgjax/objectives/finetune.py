@@ -60,6 +60,10 @@ class FinetuneObjective(FlowObjective):
         return self.lora is not None
 
     def __post_init__(self) -> None:
+        if self.precondition:
+            raise UserError(
+                "objective.precondition=True: open models say plain velocities, which a finetuning keeps; leave it out"
+            )
         if len(self.times) != 2 or not 0 <= self.times[0] < self.times[1] <= 1:
             raise UserError(f"objective.times={self.times} must be two times, 0 <= first < second <= 1")
 
