@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from vgjax import experiment, plan, sample
 from vgjax.errors import UserError
+from vgjax.open.store import READERS
 from vgjax.training import program
 
 CONFIGS = [
@@ -19,14 +20,30 @@ CONFIGS = [
 ]
 
 
+def built_of(name, folder):
+    """The experiment of a committed config."""
+    config, _, _ = program.read_config(["", "--config", str(ROOT / "configs" / name)], "", workdir=False)
+    config = experiment.resolve(config, folder)
+    vae = plan.vae_of(plan.parse(["--topology", "none"])[0]) if config.objective.kind != "vae" else None
+    return experiment.build(config, vae)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_is_built_and_its_parameters_have_shapes(name, tmp_path):
-    config, _, _ = program.read_config(["", "--config", str(ROOT / "configs" / name)], "", workdir=False)
-    config = experiment.resolve(config, tmp_path)
-    vae = plan.vae_of(plan.parse(["--topology", "none"])[0]) if config.objective.kind != "vae" else None
-    built = experiment.build(config, vae)
+    built = built_of(name, tmp_path)
     count = sum(leaf.size for leaf in jax.tree.leaves(sample.wanted(built)))
     assert count > 10_000 and (count > 12.8e9) == name.endswith(("13b", "14b", "hunyuan_video.py"))
+
+
+def test_every_model_is_built_by_a_config_or_for_a_published_class(tmp_path):
+    built = {cls.__module__ for cls, *_ in READERS.values()}
+    for name in CONFIGS:
+        objective = built_of(name, tmp_path).objective
+        built |= {
+            type(part).__module__ for part in (objective.model, objective.codec, getattr(objective, "text", None))
+        }
+    files = {f"vgjax.models.{path.stem}" for path in (ROOT / "vgjax" / "models").glob("[a-z]*.py")}
+    assert files <= built
 
 
 def test_all_configs_are_tried():

@@ -272,5 +272,7 @@ def test_what_a_finetuning_cannot_do_is_said(home, adapted):
     (home / "wan" / "other" / "weights.sha256").write_text("of others")
     with pytest.raises(AssertionError, match="holds another transformer than the one whose adapters"):
         train(home, "other", 14, "--config.lora.rank=4")
+    with pytest.raises(UserError, match="open models say plain velocities"):
+        experiment.build(*experiment.prepared(config_of(home, "--config.objective.precondition=True"), home)[:2])
     built = experiment.build(*experiment.prepared(config_of(home, "--config.lora.rank=2"), home)[:2])
     assert sample.wanted(built)["velocity"]["blocks"]["block"]["qkv"]["a"].value.shape == (2, 3, 24, 2)
