@@ -28,13 +28,13 @@ CLIPS, NOISES = 128, 6  # of each split; noises a clip
 
 def main() -> None:
     program.start()
-    sampler = sample.load(sys.argv[1])
-    config, objective = sampler.experiment.config, sampler.experiment.objective
+    run = sample.load(sys.argv[1]).source
+    config, objective = run.experiment.config, run.experiment.objective
     world = experiment.world_of(config)
     clips = [clip for split in ("val", "novel") for clip in two_objects(config, split)]
     requests = [world.parse(clip.caption) for clip in clips]
     index = np.arange(len(clips), dtype=np.uint32)
-    x = jax.jit(objective.prepare)(sampler.frozen, {"video": np.stack([clip.array for clip in clips])})["x"]
+    x = jax.jit(objective.prepare)(run.frozen, {"video": np.stack([clip.array for clip in clips])})["x"]
 
     @jax.jit
     def errors(params, text, mask, t, key):
@@ -42,9 +42,9 @@ def main() -> None:
         return objective.errors(params, batch, jnp.full(len(clips), t), sample_keys(key, index))
 
     def loss(some: list[Request], t: float) -> np.ndarray:
-        tokens = [sampler.experiment.tokenizer(captions.plain(request)) for request in some]
+        tokens = [run.experiment.tokenizer(captions.plain(request)) for request in some]
         text, mask = (np.stack(part) for part in zip(*tokens, strict=True))
-        return np.mean([errors(sampler.params, text, mask, t, jax.random.key(i)) for i in range(NOISES)], axis=0)
+        return np.mean([errors(run.params, text, mask, t, jax.random.key(i)) for i in range(NOISES)], axis=0)
 
     rows = []
     for t in TIMES:

@@ -8,6 +8,7 @@ number of objects. Writes benchmarks/results/early.json.
 """
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -17,9 +18,9 @@ from record import write
 
 from vgjax import evaluate, experiment, sample
 from vgjax.flow.path import sample_keys
+from vgjax.flow.schedule import Schedule
 from vgjax.metrics import prompt
-from vgjax.nn.codec import from_unit
-from vgjax.objectives.vae import to_uint8
+from vgjax.pipeline.pipeline import Pipeline
 from vgjax.training import program
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
@@ -37,8 +38,8 @@ def main() -> None:
     program.start()
     sampler = sample.load(sys.argv[1])
     # Not churn: it goes back to where everything is open.
-    sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, stepper="euler"))
-    config = sampler.experiment.config
+    sampler = dataclasses.replace(sampler, defaults=functools.partial(sampler.defaults, stepper="euler"))
+    config = sampler.source.experiment.config
     clips = evaluate.clips_of(experiment.source(config, "val"), config, CLIPS)
     captions = [clip.caption for clip in clips]
     from_clips = {str(t): scores(sampler, captions, continued(sampler, clips, t)) for t in TIMES}
@@ -46,28 +47,32 @@ def main() -> None:
     write("early", {"clips": len(clips), "sampled on from t": from_clips, "guidance": guided})
 
 
-def continued(sampler: sample.Sampler, clips: list, t: float) -> np.ndarray:
+def continued(sampler: Pipeline, clips: list, t: float) -> np.ndarray:
     """Videos sampled from the clips mixed with noise at t."""
-    objective, vae = sampler.experiment.objective, sampler.experiment.vae
+    objective, use = sampler.source.experiment.objective, sampler.defaults()
     videos = np.stack([clip.array for clip in clips])
-    texts = [sampler.experiment.tokenizer(caption) for caption in [clip.caption for clip in clips] + [""] * len(clips)]
-    text, mask = (np.stack(part) for part in zip(*texts, strict=True))
     keys = sample_keys(jax.random.key(0), np.arange(len(clips), dtype=np.uint32))
 
     @jax.jit
-    def run(params, frozen):
+    def mixed(frozen):
         x = objective.prepare(frozen, {"video": videos})["x"]
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-        mixed, _ = objective.path.mix(noise, x, jnp.full(len(x), t))
-        x = sample.follow(objective, sampler.settings, params, text, mask, mixed, keys, t)
-        return to_uint8(vae.apply({"params": frozen["vae"]}, from_unit(x, frozen["stats"]), method="decode"))
+        return objective.path.mix(noise, x, jnp.full(len(x), t))[0]
 
-    return np.asarray(run(sampler.params, sampler.frozen))
+    def later(use, shape):
+        (stage,) = sampler.stages(use, shape)
+        times = (t + (1 - t) * stage.schedule.times).astype(np.float32)
+        return [dataclasses.replace(stage, schedule=Schedule(times, None))]
+
+    rest = dataclasses.replace(sampler, stages=later)
+    context = rest.condition([clip.caption for clip in clips], use)
+    z = rest.latents(context, use, starts=mixed(sampler.source.frozen))
+    return rest.codec.decode(z, use.batch, use.tile)[0]
 
 
-def scores(sampler: sample.Sampler, captions: list[str], videos: np.ndarray) -> dict[str, float]:
+def scores(sampler: Pipeline, captions: list[str], videos: np.ndarray) -> dict[str, float]:
     """The share of clips that are all right, by the number of objects asked for."""
-    world = experiment.world_of(sampler.experiment.config)
+    world = experiment.world_of(sampler.source.experiment.config)
     count = [len(world.parse(caption).things) for caption in captions]
     table = {}
     for n in sorted(set(count)):

@@ -12,19 +12,20 @@ transformer goes on learning. Of two experts (2.2) `--config.component=transform
 
 from ml_collections import ConfigDict
 
-# size of the transformer: (frames, (height, width), fps, shift)
+ONE = dict(steps=50, cfg=5.0)
+# size of the transformer: (frames, (height, width), fps, shift, how it is sampled)
 SHAPES = {
-    "wan2.1-t2v-1.3b": (81, (480, 832), 16.0, 5.0),
-    "wan2.1-t2v-14b": (81, (720, 1280), 16.0, 5.0),
-    "wan2.2-t2v-a14b": (81, (720, 1280), 16.0, 12.0),
-    "own": (81, (480, 832), 16.0, 5.0),
+    "wan2.1-t2v-1.3b": (81, (480, 832), 16.0, 5.0, ONE),
+    "wan2.1-t2v-14b": (81, (720, 1280), 16.0, 5.0, ONE),
+    "wan2.2-t2v-a14b": (81, (720, 1280), 16.0, 12.0, dict(steps=40, cfg=(4.0, 3.0))),
+    "own": (81, (480, 832), 16.0, 5.0, {}),
 }
 
 
 def get_config(arg: str = "wan2.1-t2v-14b") -> ConfigDict:
     if arg not in SHAPES:
         raise ValueError(f"configs/wan.py:{arg} is unknown: use one of {', '.join(SHAPES)}")
-    frames, size, fps, shift = SHAPES[arg]
+    frames, size, fps, shift, sample = SHAPES[arg]
     config = ConfigDict()
     config.seed = 0
     config.precision = "auto"
@@ -42,5 +43,5 @@ def get_config(arg: str = "wan2.1-t2v-14b") -> ConfigDict:
         kind="adamw", lr=1e-5, schedule="constant", warmup=100, weight_decay=0.01, clip=1.0, ema=0.9999, accumulate=1
     )
     config.train = dict(steps=10_000, batch=64, log_every=10, save_every=500, keep_last=3, watchdog=1800.0)
-    config.sample = dict(steps=50, cfg=5.0)
+    config.sample = dict(sample)
     return config

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "open.tables": {"errors", "typing"},
     "open.folders": {"errors", "data.storage"},
     "open": GROUND | {"training.checkpoint", "data", "parallel", "flow", "models", "nn", "objectives"},
+    "pipeline": GROUND | {"experiment", "flow", "nn", "objectives", "open", "parallel", "training.checkpoint"},
     "planner": {"errors"},
     "training": GROUND | {"data.storage", "parallel.distributed", "losses"},
 }

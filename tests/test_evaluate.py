@@ -8,6 +8,7 @@ import pytest
 
 from vgjax import encode, errors, evaluate, experiment
 from vgjax.data.sources import Folder, Latents
+from vgjax.pipeline.pipeline import Pipeline
 from vgjax.training import checkpoint
 
 
@@ -59,18 +60,18 @@ def test_the_nearest_clip_of_a_sample_is_found_in_latent_space(trained):
     sampler = sample.load(trained / "dit")
     source = Folder(trained / "data" / "val")
 
-    class Perfect(sample.Sampler):
+    class Perfect(Pipeline):
         """A model that remembers every clip: its samples are latents of the captioned clip."""
 
-        def latents(self, captions, seed):
-            data = sampler.experiment.config.data
+        def sampled(self, captions, seed):
+            data = sampler.source.experiment.config.data
             of = {caption: i for i, (_, caption) in enumerate(source.records)}
             clip = evaluate.Clip(data.frames, tuple(data.size), data.fps)
             clips = [source.load(of[caption], clip, None)[0] for caption in captions]
             batch = {"video": jnp.asarray(np.stack(clips))}
-            return sampler.experiment.objective.prepare(sampler.frozen, batch)["x"]
+            return np.asarray(sampler.source.experiment.objective.prepare(sampler.source.frozen, batch)["x"])
 
-    perfect = Perfect(sampler.experiment, sampler.params, sampler.frozen, sampler.settings)
+    perfect = Perfect(**sampler.__dict__)
     table = evaluate.nearest(perfect, source, per_clip=1, windows=2)
     assert table["right"] == table["of"] == len(source)
 

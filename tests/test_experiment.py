@@ -6,9 +6,10 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from vgjax import experiment, plan, sample
+from vgjax import experiment, plan
 from vgjax.errors import UserError
 from vgjax.open.store import READERS
+from vgjax.pipeline import trained
 from vgjax.training import program
 
 CONFIGS = [
@@ -31,7 +32,7 @@ def built_of(name, folder):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_is_built_and_its_parameters_have_shapes(name, tmp_path):
     built = built_of(name, tmp_path)
-    count = sum(leaf.size for leaf in jax.tree.leaves(sample.wanted(built)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(trained.wanted(built)))
     assert count > 10_000 and (count > 12.8e9) == name.endswith(("13b", "14b", "hunyuan_video.py"))
 
 
@@ -85,4 +86,4 @@ def test_what_a_config_leaves_out_is_there_for_every_reader(tmp_path):
             del config[section][option]
     config = experiment.resolve(config, tmp_path)
     assert (config.layout.devices, config.shift.factor, config.data.drop_caption) == (0, 1.0, 0.0)
-    assert sample.settings_of(config).shift == 1.0
+    assert trained.settings_of(config).shift == 1.0

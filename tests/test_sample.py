@@ -1,5 +1,6 @@
 """Sampling from a checkpoint that describes itself."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,10 +10,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import program
+from ml_collections import ConfigDict
 
 from vgjax import errors, sample
 from vgjax.data import video
 from vgjax.errors import Diverged, UserError
+from vgjax.pipeline import trained as trained_
+from vgjax.pipeline.pipeline import Pipeline
 from vgjax.training import checkpoint
 
 
@@ -38,21 +42,21 @@ def test_the_command_writes_h264_a_contact_sheet_and_what_repeats_it(trained, tm
     record = json.loads((out / "sample.json").read_text())
     red, blue = "a red circle moves left", "a blue square moves up"
     assert [video["prompt"] for video in record["videos"]] == [red, red, blue, blue]
-    assert record["seed"] == 3 and record["steps"] == 2 and record["cfg"] == 2.0 and record["size"] == [16, 16]
+    assert record["seed"] == 3 and record["steps"] == 2 and record["cfg"] == [2.0] and record["size"] == [16, 16]
 
 
 def test_the_same_seed_gives_the_same_video_whatever_is_sampled_beside_it(sampler):
     prompts = ["a red circle moves left", "a blue square moves up", "a red circle moves left"]
     together = sampler(prompts, seed=1)
     np.testing.assert_array_equal(together, sampler(prompts, seed=1))
-    alone = sampler.latents(prompts[1:2], seed=1, first=1)
-    np.testing.assert_allclose(alone[0], sampler.latents(prompts, seed=1)[1], atol=1e-4)
+    alone = sampler.sampled(prompts[1:2], seed=1, first=1)
+    np.testing.assert_allclose(alone[0], sampler.sampled(prompts, seed=1)[1], atol=1e-4)
     assert (together[0] != together[2]).any()
     assert (together != sampler(prompts, seed=2)).any()
 
 
 def test_every_setting_reaches_the_sample(sampler):
-    base = np.asarray(sampler.latents(["a red circle moves left"]))
+    base = np.asarray(sampler.sampled(["a red circle moves left"]))
     for change in (
         dict(steps=3),
         dict(cfg=1.0),
@@ -64,7 +68,7 @@ def test_every_setting_reaches_the_sample(sampler):
         dict(negative="a blue square moves up"),
         dict(seed=5),
     ):
-        assert (np.asarray(sampler.latents(["a red circle moves left"], **change)) != base).any(), change
+        assert (np.asarray(sampler.sampled(["a red circle moves left"], **change)) != base).any(), change
 
 
 def test_other_lengths_and_sizes_are_sampled_too(sampler):
@@ -81,8 +85,8 @@ def test_other_lengths_and_sizes_are_sampled_too(sampler):
         (dict(steps=0), "at least 1"),
         (dict(interval=(0.6, 0.0)), "0 <= first < second <= 1"),
         (dict(stepper="rk9"), "use one of euler, heun, midpoint"),
-        *((dict([(name, value)]), f"{name}=.*finite") for name, value in (("cfg", np.nan), ("guidance", np.inf))),
-        *((dict([(name, np.nan)]), f"{name}=.*finite") for name in ("shift", "rescale")),
+        *((dict([(name, value)]), f"{name}=.*finite") for name, value in (("cfg", np.nan), ("shift", np.inf))),
+        (dict(rescale=np.nan), "rescale=.*finite"),
         (dict(interval=(0.0, np.nan)), "interval=.*finite"),
         (dict(seed=-1), r"seed=-1 .*2\^64"),
         (dict(seed=2**64), r"seed=18446744073709551616 .*2\^64"),
@@ -100,17 +104,17 @@ def test_tiles_decode_what_the_whole_decodes(sampler):
 
 
 def test_weights_are_the_average_unless_told_otherwise(trained):
-    assert checkpoint.digest(sample.load(trained / "dit").params) == checkpoint.digest(
+    assert checkpoint.digest(sample.load(trained / "dit").source.params) == checkpoint.digest(
         checkpoint.load(trained / "dit", "ema")[0]
     )
-    assert checkpoint.digest(sample.load(trained / "dit", "params").params) == checkpoint.digest(
+    assert checkpoint.digest(sample.load(trained / "dit", "params").source.params) == checkpoint.digest(
         checkpoint.load(trained / "dit", "params")[0]
     )
 
 
 def test_a_checkpoint_may_be_named_by_workdir_folder_or_step(trained):
     digests = {
-        checkpoint.digest(sample.load(path).params)
+        checkpoint.digest(sample.load(path).source.params)
         for path in (trained / "dit", trained / "dit" / "checkpoints", trained / "dit" / "checkpoints" / "00000006")
     }
     assert len(digests) == 1
@@ -161,7 +165,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, tmp_path, capsys, ca
 
 def test_sixty_four_bits_of_a_seed_count(sampler):
     seeds = 0, 2**32, 2**50, 2**64 - 1
-    videos = [np.asarray(sampler.latents(["a red circle moves left"], seed=seed)) for seed in seeds]
+    videos = [np.asarray(sampler.sampled(["a red circle moves left"], seed=seed)) for seed in seeds]
     assert all((a != b).any() for i, a in enumerate(videos) for b in videos[:i])
 
 
@@ -172,15 +176,15 @@ def run(*args):
 
 
 def test_a_sample_that_is_not_finite_is_named_and_fails(trained, sampler, tmp_path, capsys, monkeypatch):
-    broken = dict(sampler.__dict__, params=jax.tree.map(lambda x: x * np.nan, sampler.params))
-    monkeypatch.setattr(sample, "load", lambda *_: sample.Sampler(**broken))
+    broken = dataclasses.replace(sampler.source, params=jax.tree.map(lambda x: x * np.nan, sampler.source.params))
+    monkeypatch.setattr(sample, "load", lambda *_: trained_.pipeline(broken))
     asked = ["--checkpoint", trained / "dit", "--prompt", "a red circle moves left", "--out", tmp_path]
     for tile in ([], ["--tile", 2]):
         assert run(*asked, *tile) == errors.DIVERGED
         said = capsys.readouterr().err
         assert "1 of 1 samples" in said and "a red circle moves left" in said and not list(tmp_path.iterdir())
     with pytest.raises(Diverged):
-        sample.Sampler(**broken)(["a red circle moves left"])
+        trained_.pipeline(broken)(["a red circle moves left"])
 
 
 @pytest.fixture
@@ -188,8 +192,8 @@ def still(trained, sampler, monkeypatch):
     """The command line of two videos that cost nothing."""
     clips = np.zeros((2, 5, 16, 16, 3), np.uint8)
 
-    class Still(sample.Sampler):
-        def __call__(self, captions, **options):
+    class Still(Pipeline):
+        def __call__(self, captions, *args, **options):
             return clips
 
     monkeypatch.setattr(sample, "load", lambda *_: Still(**sampler.__dict__))
@@ -223,12 +227,17 @@ def test_videos_that_cannot_be_written_are_kept_as_frames(still, tmp_path, capsy
 
 
 def test_a_model_of_clips_at_their_own_rates_is_sampled_at_a_rate_that_is_said(still, sampler, tmp_path, monkeypatch):
-    config = sampler.experiment.config
-    monkeypatch.setitem(config.data, "fps", None)
+    config = ConfigDict(sampler.source.experiment.config.to_dict())
+    config.data.update(fps=None)
+    built = dataclasses.replace(sampler.source.experiment, config=config)
+    own = trained_.pipeline(dataclasses.replace(sampler.source, experiment=built))
+    clips = np.zeros((2, 5, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(type(own), "__call__", lambda *_, **__: clips)
+    monkeypatch.setattr(sample, "load", lambda *_: own)
     assert run(*still, "--out", tmp_path) == 0
-    assert json.loads((tmp_path / "sample.json").read_text())["fps"] == sample.FPS
+    assert json.loads((tmp_path / "sample.json").read_text())["fps"] == trained_.FPS
     with av.open(str(tmp_path / "000.mp4")) as container:
-        assert container.streams.video[0].average_rate == sample.FPS
+        assert container.streams.video[0].average_rate == trained_.FPS
 
 
 def test_prompts_that_are_cut_are_counted_once_on_stderr(still, tmp_path, capsys):
@@ -249,7 +258,7 @@ def test_weights_are_read_straight_onto_the_mesh(trained, monkeypatch):
     large = [leaf for leaf in jax.tree.leaves(asked[-1]) if leaf.size >= 1024]
     assert large and not any(leaf.sharding.is_fully_replicated for leaf in large)
     monkeypatch.undo()
-    assert checkpoint.digest(spread.params) == checkpoint.digest(sample.load(trained / "dit").params)
+    assert checkpoint.digest(spread.source.params) == checkpoint.digest(sample.load(trained / "dit").source.params)
 
 
 def test_devices_are_refused_without_a_layout(trained):

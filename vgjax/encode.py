@@ -24,10 +24,11 @@ from vgjax.data.sources import Clip, Folder, Latents, LatentWriter, summary
 from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, check_finite, door
 from vgjax.objectives.vae import from_uint8
-from vgjax.open.sampler import OpenSampler, is_open
+from vgjax.open.families import family_of, is_open
 from vgjax.open.store import Store
 from vgjax.open.texts import embed, identity, padded, reading
 from vgjax.parallel import distributed, sharding
+from vgjax.pipeline.published import Decoder
 from vgjax.training import checkpoint, program
 from vgjax.typing import Float, PyTree
 
@@ -79,22 +80,23 @@ class Trained:
 class Published:
     """The VAE and the text encoders of a converted folder."""
 
-    sampler: OpenSampler
+    store: Store
+    family: Any
 
     def made_by(self) -> dict[str, str]:
         return {
-            "vae": identity(self.sampler.store, "vae"),
-            "text encoders": reading(self.sampler.store, self.sampler.family),
+            "vae": identity(self.store, "vae"),
+            "text encoders": reading(self.store, self.family),
         }
 
     def check(self, frames: int, size: tuple[int, int]) -> None:
         """A `UserError` for clips that the models do not take."""
-        self.sampler.latent_shape(frames, size)
+        Decoder(self.store, self.family).latent_shape(frames, size)
 
     @contextlib.contextmanager
     def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
         """(clips at a time, function), one at a time; the VAE is on the devices until the end of the block."""
-        family, store = self.sampler.family, self.sampler.store
+        family, store = self.family, self.store
         with store.here(), store.model("vae") as (vae, params, _):
 
             def encode(clips: np.ndarray) -> np.ndarray:
@@ -108,7 +110,7 @@ class Published:
         unique = list(dict.fromkeys([*captions, ""]))
         for start in range(0, len(unique), CAPTIONS):
             some = unique[start : start + CAPTIONS]
-            c, mask, vec = embed(self.sampler.store, self.sampler.family, some, keep=False)
+            c, mask, vec = embed(self.store, self.family, some, keep=False)
             for i, caption in enumerate(some):
                 writer.add_text(caption, (c[i], mask[i], None if vec is None else vec[i]))
 
@@ -213,9 +215,9 @@ def main(argv: list[str]) -> None:
 def published(folder: Path, where: tuple[Any, Any] | None = None) -> tuple[Published, ConfigDict]:
     """The models of a converted folder, spread over (layout, mesh) if given, and the clips that they are sampled as."""
     store = Store(folder.absolute(), experiment.compute_dtype("auto"), where)
-    sampler = OpenSampler(store)
-    use = sampler.family.settings(store)
-    return Published(sampler), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
+    family = family_of(store)
+    use = family.settings(store)
+    return Published(store, family), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from vgjax.nn.codec import latent_stats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import from_uint8, to_uint8
 from vgjax.parallel import distributed, sharding
-from vgjax.sample import Sampler, settings_of, wanted
+from vgjax.pipeline.pipeline import Pipeline
+from vgjax.pipeline.trained import Run, pipeline, wanted
 from vgjax.training import checkpoint, program
 from vgjax.training.log import Log, keep_until
 from vgjax.typing import Params, PyTree
@@ -62,10 +63,10 @@ def reconstruction(vae: Any, params: Params, clips: np.ndarray) -> tuple[np.ndar
     return out, {"psnr": float(decibel.mean()), "ssim": float(similar.mean())}
 
 
-def losses(sampler: Sampler, clips: list[Example], per_bin: int = 2) -> dict[str, float]:
+def losses(run: Run, clips: list[Example], per_bin: int = 2) -> dict[str, float]:
     """Velocity loss of EMA weights on held-out clips: `per_bin` fixed times a bin, noise fixed by clip and time."""
-    objective: FlowObjective = sampler.experiment.objective
-    tokens = [sampler.experiment.tokenizer(clip.caption) for clip in clips]
+    objective: FlowObjective = run.experiment.objective
+    tokens = [run.experiment.tokenizer(clip.caption) for clip in clips]
     raw = {
         "video": np.stack([clip.array for clip in clips]),
         "text": np.stack([ids for ids, _ in tokens]),
@@ -80,36 +81,37 @@ def losses(sampler: Sampler, clips: list[Example], per_bin: int = 2) -> dict[str
 
     size, bins, table = 16, objective.bins, {}
     groups = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], raw) for i in range(0, len(clips), size)]
-    groups = [prepare(sampler.frozen, group) for group in groups]
+    groups = [prepare(run.frozen, group) for group in groups]
     for i in range(bins):
         values = []
         for j in range(per_bin):
             t, key = (i + (j + 0.5) / per_bin) / bins, jax.random.fold_in(jax.random.key(0), i * per_bin + j)
-            values += [distributed.fetch(at(sampler.params, group, t, key)) for group in groups]
+            values += [distributed.fetch(at(run.params, group, t, key)) for group in groups]
         table[f"loss/t{i}"] = float(np.concatenate(values).mean())
     table["loss"] = float(np.mean(list(table.values())))
     return table
 
 
-def prompt_accuracy(sampler: Sampler, captions: list[str], world: shapes.World, seed: int = 0) -> dict[str, float]:
+def prompt_accuracy(sampler: Pipeline, captions: list[str], world: shapes.World, seed: int = 0) -> dict[str, float]:
     """Share of sampled clips that show the colour, shape and motion of their caption, and all of them."""
     return prompt.accuracy(list(sampler(captions, seed=seed)), captions, world)
 
 
-def nearest(sampler: Sampler, source: Folder, per_clip: int = 4, windows: int = 16, seed: int = 0) -> dict[str, Any]:
+def nearest(sampler: Pipeline, source: Folder, per_clip: int = 4, windows: int = 16, seed: int = 0) -> dict[str, Any]:
     """Whether each caption's sample lies nearest, among random windows of every clip, to its own clip (latent L2).
 
     `right` counts the first sample of each caption, `share` is of all `per_clip` samples of all captions.
     """
-    data, objective = sampler.experiment.config.data, sampler.experiment.objective
+    run: Run = sampler.source
+    data, objective = run.experiment.config.data, run.experiment.objective
     clip, rng = Clip(data.frames, tuple(data.size), data.fps), np.random.default_rng(seed)
-    encode = jax.jit(lambda batch: objective.prepare(sampler.frozen, batch)["x"])
+    encode = jax.jit(lambda batch: objective.prepare(run.frozen, batch)["x"])
     latents, captions = [], []
     for record in range(len(source)):
         some, caption = zip(*(source.load(record, clip, rng) for _ in range(windows)), strict=True)
         latents.append(distributed.fetch(encode({"video": np.stack(some)})))
         captions.append(caption[0])
-    samples = distributed.fetch(sampler.latents([caption for caption in captions for _ in range(per_clip)], seed=seed))
+    samples = sampler.sampled([caption for caption in captions for _ in range(per_clip)], seed=seed)
     distance = np.stack([[np.square(z - sample).mean((1, 2, 3, 4)).min() for z in latents] for sample in samples])
     found = rearrange(distance.argmin(-1), "(n k) -> n k", k=per_clip)
     names = [Path(source.name(record)).name for record in range(len(source))]
@@ -139,8 +141,9 @@ def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyT
     videos = np.stack([clip.array for clip in clips])
     if not built.objective.of_latents:
         return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
-    sampler = Sampler(built, params, frozen, settings_of(config))
-    table = {"vae": reconstruction(built.vae, frozen["vae"], videos)[1], "loss": losses(sampler, clips)}
+    run = Run(built, params, frozen)
+    sampler = pipeline(run)
+    table = {"vae": reconstruction(built.vae, frozen["vae"], videos)[1], "loss": losses(run, clips)}
     if config.data.kind == "shapes":
         world = experiment.world_of(config)
         for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
@@ -202,8 +205,8 @@ class Show:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": number, **table}) + "\n")
 
-    def _sampler(self, ema: Params) -> Sampler:
-        return Sampler(self.built, ema, self.frozen, settings_of(self.config))
+    def _sampler(self, ema: Params) -> Pipeline:
+        return pipeline(Run(self.built, ema, self.frozen))
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -24,10 +24,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vgjax import experiment, sample
+from vgjax import experiment
 from vgjax.errors import UserError, door
 from vgjax.nn.codec import LatentStats
 from vgjax.parallel import layouts, sharding
+from vgjax.pipeline import trained
+from vgjax.pipeline.pipeline import follow
 from vgjax.planner import flops, hlo, topology
 from vgjax.planner.report import GIB, STATE, Row, table, write
 from vgjax.planner.topology import Topology
@@ -229,21 +231,23 @@ def train_job(built: experiment.Experiment, where: Where) -> Job:
 
 def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
     """(integration of a batch, abstract inputs): all steps, guidance included, without the decoder."""
-    config, settings = built.config, sample.settings_of(built.config)
-    shape = built.vae.latent_shape(config.data.frames, *config.data.size)
-    texts = abstract_batch(built, config.train.batch * (2 if settings.cfg != 1.0 else 1), where)
-    params = sharding.abstract(sample.wanted(built), where) | base_of(built, where)
-    index = jax.ShapeDtypeStruct((config.train.batch,), np.uint32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    integrated = functools.partial(sample.integrated, built.objective, settings, shape)
-    return integrated, (params, texts["text"], texts["mask"], index, key)
+    config, objective, use = built.config, built.objective, trained.settings_of(built.config)
+    scale, count = use.cfg[0], config.train.batch  # of two experts the first
+    texts = abstract_batch(built, count * (2 if scale != 1.0 else 1), where)
+    params = sharding.abstract(trained.wanted(built), where) | base_of(built, where)
+    x = abstract_batch(built, count, where)["latent"]
+    times = jax.ShapeDtypeStruct((use.steps + 1,), jnp.float32)
+    keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
+    integrated = functools.partial(follow, trained.Bound(objective), use, scale)
+    return integrated, (params, (texts["text"], texts["mask"]), (), x, keys, None, times, None)
 
 
 def sample_job(built: experiment.Experiment, where: Where) -> Job:
     """The sampler of `vgjax.sample`."""
     integrated, inputs = sampling(built, where)
-    tokens = built.config.train.batch * built.objective.model.tokens(integrated.args[2][:3])
-    return Job(functools.partial(sample.integrated.trace, *integrated.args, *inputs), None, inputs[0], tokens)
+    count, *grid, _ = inputs[3].shape
+    trace = functools.partial(follow.trace, *integrated.args, *inputs)
+    return Job(trace, None, inputs[0], count * built.objective.tokens(tuple(grid)))
 
 
 def base_of(built: experiment.Experiment, where: Where = None) -> dict[str, PyTree]:

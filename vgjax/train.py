@@ -28,8 +28,8 @@ from vgjax.errors import Diverged, Preempted, UserError, door
 from vgjax.open.store import Store
 from vgjax.open.texts import identity
 from vgjax.parallel import distributed, layouts, sharding
+from vgjax.pipeline.trained import settings_of
 from vgjax.planner import flops
-from vgjax.sample import settings_of
 from vgjax.training import checkpoint, program, state, step
 from vgjax.training.log import Log
 from vgjax.typing import PyTree

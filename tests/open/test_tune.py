@@ -14,16 +14,18 @@ import pytest
 from conftest import ROOT, program
 from safetensors.numpy import load_file
 
-from vgjax import convert, experiment, sample
+from vgjax import convert, experiment
 from vgjax.data import storage, video
 from vgjax.data.decode import read_clip
 from vgjax.data.embeddings import Embeddings
 from vgjax.errors import USER, UserError
 from vgjax.nn import lora
 from vgjax.open import tables, texts, tune
-from vgjax.open.sampler import OpenSampler
+from vgjax.open.families import family_of
 from vgjax.open.store import Store, abstract, of_model
 from vgjax.parallel import layouts, sharding
+from vgjax.pipeline import trained
+from vgjax.pipeline.published import pipeline
 from vgjax.training import checkpoint
 
 CAPTIONS = ("a cat walks", "a red dog runs", "grass over snow", "a dog walks slowly")
@@ -118,7 +120,7 @@ def test_a_run_is_sampled_by_one_process_or_two_and_differs_from_what_it_began_w
     assert np.abs(np.subtract(*both)).max() <= 3
     folder, tuned = tune.tuned(run)
     options = dict(frames=5, size=(32, 32), steps=2)
-    ours, before = (OpenSampler(Store(folder, tuned=one))([CAPTIONS[0]], **options) for one in (tuned, None))
+    ours, before = (pipeline(Store(folder, tuned=one))([CAPTIONS[0]], **options) for one in (tuned, None))
     assert (ours != before).mean() > 0.1
 
 
@@ -128,8 +130,8 @@ def test_a_merged_folder_samples_as_the_run_does_and_is_exported(home, adapted):
         assert ran.returncode == 0, ran.stderr[-2000:]
     folder, tuned = tune.tuned(home / "wan" / "lora")
     options = dict(frames=5, size=(32, 32), steps=2)
-    run = OpenSampler(Store(folder, tuned=tuned))([CAPTIONS[1]], **options)
-    np.testing.assert_array_equal(OpenSampler(Store(home / "wan" / "merged"))([CAPTIONS[1]], **options), run)
+    run = pipeline(Store(folder, tuned=tuned))([CAPTIONS[1]], **options)
+    np.testing.assert_array_equal(pipeline(Store(home / "wan" / "merged"))([CAPTIONS[1]], **options), run)
     file = "transformer/diffusion_pytorch_model.safetensors"
     ours, theirs = (load_file(home / "wan" / name / file) for name in ("exported", "published"))
     changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
@@ -140,7 +142,7 @@ def test_a_merged_folder_samples_as_the_run_does_and_is_exported(home, adapted):
 
 def test_captions_are_encoded_as_the_sampler_encodes_prompts(home, adapted):
     store = Store(home / "wan" / "converted")
-    family = OpenSampler(store).family
+    family = family_of(store)
     kept = Embeddings(home / "wan" / "latents")
     for caption in (*CAPTIONS, ""):
         text, mask = kept(caption)
@@ -171,6 +173,7 @@ def faint(home):
         own = sharding.unboxed(lora.born(boxed, 2, lora.TARGETS, jax.random.key(0)))
         own = jax.tree.map(lambda x: 2e-2 * jax.random.normal(jax.random.key(x.size), x.shape), own)
         config = {"objective": {"kind": "finetune"}, "weights": str(folder), "component": "transformer"}
+        config["data"] = {"frames": 5, "size": [32, 32]}
         config["lora"] = {"rank": 2, "alpha": 4.0, "targets": list(lora.TARGETS)}
         with checkpoint.Checkpoints(run / checkpoint.SUBDIR) as kept:
             kept.save(1, {"ema": {"velocity": own}}, {"config": config}, wait=True)
@@ -210,7 +213,7 @@ def test_adapters_beside_a_model_give_its_videos_on_one_device_and_eight(faint):
     *_, folder, run = faint["wan"]
     options = dict(frames=5, size=(32, 32), steps=1, cfg=(1.0,))
     wheres = None, layouts.find("fsdp_tp", 8)
-    one, eight = (OpenSampler(Store(folder, tuned=run, where=where))([CAPTIONS[0]], **options) for where in wheres)
+    one, eight = (pipeline(Store(folder, tuned=run, where=where))([CAPTIONS[0]], **options) for where in wheres)
     assert np.abs(one.astype(int) - eight.astype(int)).max() <= 1
 
 
@@ -275,4 +278,4 @@ def test_what_a_finetuning_cannot_do_is_said(home, adapted):
     with pytest.raises(UserError, match="open models say plain velocities"):
         experiment.build(*experiment.prepared(config_of(home, "--config.objective.precondition=True"), home)[:2])
     built = experiment.build(*experiment.prepared(config_of(home, "--config.lora.rank=2"), home)[:2])
-    assert sample.wanted(built)["velocity"]["blocks"]["block"]["qkv"]["a"].value.shape == (2, 3, 24, 2)
+    assert trained.wanted(built)["velocity"]["blocks"]["block"]["qkv"]["a"].value.shape == (2, 3, 24, 2)

@@ -216,7 +216,7 @@ PROMPTS = ["a red circle moves left", "a blue square moves up"]
 @pytest.fixture(scope="module")
 def alone(trained):
     sampler = sample.load(trained / "dit")
-    latents = sampler.latents(PROMPTS)
+    latents = sampler.sampled(PROMPTS)
     return latents, sampler(PROMPTS)
 
 
@@ -224,7 +224,7 @@ def alone(trained):
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
 def test_the_same_video_is_sampled_on_any_devices_in_every_layout(trained, alone, name, devices):
     sampler = sample.load(trained / "dit", layout=name, devices=devices)
-    np.testing.assert_allclose(sampler.latents(PROMPTS), alone[0], atol=1e-4)
+    np.testing.assert_allclose(sampler.sampled(PROMPTS), alone[0], atol=1e-4)
     if devices == 8:
         assert np.abs(sampler(PROMPTS).astype(int) - alone[1]).max() <= 1
 

@@ -18,10 +18,10 @@ SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": ("euler", "shift"), "UniPCMulti
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The times between which a sampler steps, and those that its network is told there."""
+    """The times between which a sampler steps, and those that its network is told there, None where they are these."""
 
     times: Float32[np.ndarray, " k"]
-    told: Float32[np.ndarray, " k"]
+    told: Float32[np.ndarray, " k"] | None
 
 
 def stepper(config: Mapping[str, Any]) -> str:

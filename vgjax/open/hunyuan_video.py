@@ -10,9 +10,10 @@ import numpy as np
 from vgjax.errors import UserError
 from vgjax.flow import schedule
 from vgjax.flow.path import reverse
+from vgjax.flow.sampling import Settings
 from vgjax.flow.steppers import Velocity
 from vgjax.models.hunyuan_vae import decode_clips, encode_clips
-from vgjax.open.stage import Settings, Stage
+from vgjax.open.stage import Stage
 from vgjax.open.store import Store
 from vgjax.open.texts import Texts, apply
 from vgjax.typing import Array, Float, PyTree
@@ -37,7 +38,8 @@ def settings(store: Store, **given: Any) -> Settings:
     """Those of the paper and of the published pipeline; guidance 6 is told to the model, not computed."""
     if "guidance" in given and not store.published("transformer")["guidance_embeds"]:
         raise UserError(f"--guidance has no effect: {store.folder} is not guidance-distilled; give --cfg instead")
-    base = Settings(50, (1.0,), 6.0, 129, (720, 1280), 24.0, schedule.stepper(store.scheduler))
+    video = dict(frames=129, size=(720, 1280), fps=24.0)
+    base = Settings(steps=50, cfg=1.0, guidance=6.0, stepper=schedule.stepper(store.scheduler), batch=1, **video)
     return dataclasses.replace(base, **given)
 
 

@@ -109,12 +109,16 @@ def abstract(module: nn.Module, of_model: ModuleType) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A step of a run that went on training a component of a folder, and which of its weights: `ema` or `params`."""
+    """A run that went on training a component of a folder, and which of its weights to take: `ema` or `params`.
+
+    run: its workdir or one step. sample: options of sampling that its config says, and the video it was trained on.
+    """
 
     run: Path
     component: str
     lora: Lora | None = None
     weights: str = "ema"
+    sample: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

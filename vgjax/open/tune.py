@@ -11,7 +11,7 @@ from vgjax.errors import UserError
 from vgjax.nn.codec import LatentStats, stats_of
 from vgjax.objectives.finetune import Lora
 from vgjax.open import folders, hunyuan_video, wan
-from vgjax.open.sampler import OpenSampler, is_open
+from vgjax.open.families import family_of, is_open
 from vgjax.open.store import Store, Tuned, fields, reader
 from vgjax.training import checkpoint
 
@@ -24,7 +24,7 @@ def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, Co
     kinds: of a module, what configs call it. A `UserError` where the folder holds another model than the config says.
     """
     store, name = Store(Path(config.weights)), folders.inside(config.component, Path("config"), "config.component")
-    family = OpenSampler(store).family
+    family = family_of(store)
     if NAMED.get(config.objective.family) is not family:
         raise UserError(
             f"config.objective.family={config.objective.family!r}, but {config.weights} holds a "
@@ -75,7 +75,9 @@ def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
         )
     folders.inside(config["component"], run, "component of its config")
     section = {key: plain(value) for key, value in config["lora"].items()}
-    return folder, Tuned(step, config["component"], Lora(**section) if section["rank"] else None, weights)
+    data, said = config["data"], {key: plain(value) for key, value in config.get("sample", {}).items()}
+    said |= {"frames": data["frames"], "size": tuple(data["size"])} | ({"fps": data["fps"]} if data.get("fps") else {})
+    return folder, Tuned(step, config["component"], Lora(**section) if section["rank"] else None, weights, said)
 
 
 def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:

@@ -20,11 +20,12 @@ from PIL import Image
 from vgjax.errors import UserError
 from vgjax.flow import schedule
 from vgjax.flow.path import reverse
+from vgjax.flow.sampling import Settings
 from vgjax.flow.steppers import Velocity
 from vgjax.nn.codec import decode_stream, encode_stream, stats_of, to_unit
 from vgjax.objectives.vae import from_uint8
 from vgjax.open import folders
-from vgjax.open.stage import Settings, Stage
+from vgjax.open.stage import Stage
 from vgjax.open.store import Store
 from vgjax.open.texts import Texts, apply
 from vgjax.parallel.distributed import fetch
@@ -43,7 +44,8 @@ def settings(store: Store, **given: Any) -> Settings:
     if "guidance" in given:
         raise UserError("--guidance is told to guidance-distilled models alone, and no Wan is one: give --cfg instead")
     image = "ImageToVideo" in store.index["_class_name"]
-    base = Settings(50, (5.0,), 1.0, 81, (480, 832), 16.0, schedule.stepper(store.scheduler))
+    video = dict(frames=81, size=(480, 832), fps=16.0)
+    base = Settings(steps=50, cfg=5.0, stepper=schedule.stepper(store.scheduler), batch=1, **video)
     if two(store):
         base = dataclasses.replace(base, steps=40, cfg=(3.5, 3.5) if image else (4.0, 3.0), size=(720, 1280))
     elif store.index.get("expand_timesteps"):

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -117,6 +118,15 @@ def note(text: str) -> None:
     """A note on stderr, for the whole job: process 0 gives it."""
     if jax.process_index() == 0:
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def peak() -> str:
+    """The most memory that host and devices held so far."""
+    said = [f"host {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"]
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    if used := [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]:
+        said.append(f"a device {max(used) / 2**30:.1f} GiB")
+    return "peak memory: " + ", ".join(said)
 
 
 def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:

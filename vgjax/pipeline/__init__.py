@@ -1,0 +1,1 @@
+"""Sampling: one `Pipeline` for runs trained here, converted folders, and runs that were finetuned from one."""
