@@ -20,9 +20,16 @@ git archive --format=tar.gz --prefix="vgjax-$commit/" --output="/tmp/vgjax-$comm
 gcloud compute tpus tpu-vm scp "/tmp/vgjax-$commit.tar.gz" "$TPU:/tmp/" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"} --worker=all
 on_all "tar -xzf /tmp/vgjax-$commit.tar.gz -C \$HOME"
 
-remote="echo \$\$ >\$HOME/vgjax.pid; cd \$HOME/vgjax-$commit && exec bash launch/process.sh $(printf '%q ' "$@")"
+failure="\$HOME/vgjax.failure" # on each host: the code with which its process failed, if it failed by itself
+remote="rm -f $failure; export VGJAX_FAILURE=$failure; echo \$\$ >\$HOME/vgjax.pid; cd \$HOME/vgjax-$commit && exec bash launch/process.sh $(printf '%q ' "$@")"
 # To the process of this job on each host, where it still runs: a process number may have gone to another program.
 signal_all() { on_all "pid=\$(cat \$HOME/vgjax.pid); ! grep -qa '$1' /proc/\$pid/cmdline 2>/dev/null || kill -$2 \$pid"; }
+
+# The code of the host that failed first: the others fail for its sake, with codes that would hide why.
+first_failure() {
+  on_all "[ ! -s $failure ] || echo failure \$(stat -c %.9Y $failure) \$(cat $failure)" 2>/dev/null |
+    { grep -oE 'failure [0-9.]+ [0-9]+' || true; } | sort -k2 -n | head -n 1 | cut -d' ' -f3
+}
 
 told=
 trap 'told=1; signal_all "$1" TERM || true' TERM
@@ -35,6 +42,7 @@ for ((left = ${RESTARTS:-10}; ; left--)); do
     wait "$watching" || code=$?
     exit "$code"
   fi
+  [ "$code" -eq 0 ] || { first=$(first_failure) && code=${first:-$code}; }
   case $code in
     # Loader, hung, preempted (vgjax/errors.py); ended by a signal; 255: a host that is gone.
     5 | 6 | 75 | 134 | 135 | 137 | 139 | 143 | 255) ;;

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -174,6 +175,9 @@ if act == "done":
     (pathlib.Path(folder) / "done").write_text("")
 elif act == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+elif "," in act:  # what it says of itself, and what it ends with
+    pathlib.Path(os.environ["VGJAX_FAILURE"]).write_text(act.split(",")[0])
+    sys.exit(int(act.split(",")[1]))
 elif act != "wait":
     sys.exit(int(act))
 while not (pathlib.Path(folder) / "done").exists():
@@ -323,6 +327,14 @@ def test_a_pod_is_started_again_on_all_hosts_and_none_lives_twice(pod, tmp_path)
     assert not [file for file in alive if file.exists() and file.read_bytes()]  # one that nobody waits for has no words
 
 
+def test_a_pod_ends_with_the_code_of_its_first_failure_and_starts_again_only_where_that_helps(pod, tmp_path):
+    job = pod("5,137", "2,137")
+    assert job.wait(60) == 2
+    (tmp_path / "runs" / "done").touch()  # the other host still waits
+    said = job.stdout.read()
+    assert said.count("starting all hosts again") == 1 and "ended with 5" in said, said
+
+
 def test_a_pod_hears_sigterm_on_all_hosts_and_is_not_started_again(pod):
     job = pod("wait")
     said = [job.stdout.readline() for _ in range(2)]
@@ -331,3 +343,15 @@ def test_a_pod_hears_sigterm_on_all_hosts_and_is_not_started_again(pod):
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == PREEMPTED
     assert "again" not in job.stdout.read()
+
+
+def test_every_dependency_has_a_lower_bound_that_can_be_installed_alone():
+    sys.path.insert(0, str(LAUNCH))
+    from lowest import constraints
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = constraints(project)
+    names = {re.match(r"[\w-]+", one)[0] for one in project["dependencies"]}
+    names |= {re.match(r"[\w-]+", one)[0] for some in project["optional-dependencies"].values() for one in some}
+    assert names - {"torch"} == {line.partition("==")[0] for line in found}  # torch is pinned
+    assert "jax==0.10" in found and len(found) == len(names) - 1
