@@ -28,23 +28,23 @@ CLIPS, NOISES = 128, 6  # of each split; noises a clip
 
 def main() -> None:
     program.start()
-    run = sample.load(sys.argv[1]).source
+    pipeline = sample.load(sys.argv[1])
+    run = pipeline.source
     config, objective = run.experiment.config, run.experiment.objective
     world = experiment.world_of(config)
     clips = [clip for split in ("val", "novel") for clip in two_objects(config, split)]
     requests = [world.parse(clip.caption) for clip in clips]
     index = np.arange(len(clips), dtype=np.uint32)
-    x = jax.jit(objective.prepare)(run.frozen, {"video": np.stack([clip.array for clip in clips])})["x"]
+    x = pipeline.codec.encode(np.stack([clip.array for clip in clips]))
 
     @jax.jit
-    def errors(params, text, mask, t, key):
-        batch = {"x": x, "text": text, "mask": mask, "index": index}
+    def errors(params, context, t, key):
+        batch = {"x": x, "context": context, "index": index}
         return objective.errors(params, batch, jnp.full(len(clips), t), sample_keys(key, index))
 
     def loss(some: list[Request], t: float) -> np.ndarray:
-        tokens = [run.experiment.tokenizer(captions.plain(request)) for request in some]
-        text, mask = (np.stack(part) for part in zip(*tokens, strict=True))
-        return np.mean([errors(run.params, text, mask, t, jax.random.key(i)) for i in range(NOISES)], axis=0)
+        context = run.experiment.conditioner([captions.plain(request) for request in some])
+        return np.mean([errors(run.params, context, t, jax.random.key(i)) for i in range(NOISES)], axis=0)
 
     rows = []
     for t in TIMES:

@@ -50,12 +50,11 @@ def main() -> None:
 def continued(sampler: Pipeline, clips: list, t: float) -> np.ndarray:
     """Videos sampled from the clips mixed with noise at t."""
     objective, use = sampler.source.experiment.objective, sampler.defaults()
-    videos = np.stack([clip.array for clip in clips])
+    x = sampler.codec.encode(np.stack([clip.array for clip in clips]))
     keys = sample_keys(jax.random.key(0), np.arange(len(clips), dtype=np.uint32))
 
     @jax.jit
-    def mixed(frozen):
-        x = objective.prepare(frozen, {"video": videos})["x"]
+    def mixed(x):
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         return objective.path.mix(noise, x, jnp.full(len(x), t))[0]
 
@@ -66,7 +65,7 @@ def continued(sampler: Pipeline, clips: list, t: float) -> np.ndarray:
 
     rest = dataclasses.replace(sampler, stages=later)
     context = rest.condition([clip.caption for clip in clips], use)
-    z = rest.latents(context, use, starts=mixed(sampler.source.frozen))
+    z = rest.latents(context, use, starts=mixed(x))
     return rest.codec.decode(z, use.batch, use.tile)[0]
 
 

@@ -105,13 +105,13 @@ def random_batch(built: experiment.Experiment) -> dict[str, np.ndarray]:
     """Latents of noise and captions of random words, in the shapes of the config."""
     rng = np.random.default_rng(0)
     fill = {
-        "latent": lambda shape: rng.standard_normal(shape, np.float32),
-        "text": lambda shape: rng.integers(2, built.tokenizer.vocab, shape, np.int32),
-        "mask": lambda shape: np.ones(shape, bool),
-        "index": lambda shape: np.arange(*shape, dtype=np.uint32),
+        "float32": lambda shape: rng.standard_normal(shape, np.float32),
+        "int32": lambda shape: rng.integers(2, built.conditioner.tokenizer.vocab, shape, np.int32),
+        "bool": lambda shape: np.ones(shape, bool),
+        "uint32": lambda shape: np.arange(*shape, dtype=np.uint32),
     }
     abstract = plan.abstract_batch(built, built.config.train.batch)
-    return {name: fill[name](leaf.shape) for name, leaf in abstract.items()}
+    return jax.tree.map(lambda leaf: fill[np.dtype(leaf.dtype).name](leaf.shape), abstract)
 
 
 def draw(rows: list[dict], path: Path) -> None:

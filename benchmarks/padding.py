@@ -17,7 +17,8 @@ from record import write
 from vgjax.data import shapes
 from vgjax.metrics.psnr import psnr
 from vgjax.models.causal_vae import SIZES, CausalVAE
-from vgjax.objectives.vae import VAEObjective, from_uint8
+from vgjax.nn.codec import from_uint8
+from vgjax.objectives.vae import VAEObjective
 from vgjax.parallel.sharding import unboxed
 
 SEEDS = (0, 1)

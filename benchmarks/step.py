@@ -25,6 +25,7 @@ from vgjax import experiment
 from vgjax.nn.codec import LatentStats
 from vgjax.parallel import layouts, sharding
 from vgjax.training import state, step
+from vgjax.typing import Context, Tokens
 
 ROUNDS, STEPS = 3, 12
 FORMS = (("glibc", 5), ("kept", 5), ("kept", 3))
@@ -67,10 +68,10 @@ def measure(iterations: int) -> dict:
     batch, length = config.train.batch, config.tokenizer.length
     shape = built.vae.latent_shape(config.data.frames, *config.data.size)
     rng = np.random.default_rng(0)
+    ids = rng.integers(2, 100, (batch, length, built.conditioner.tokenizer.hashes), np.int32)
     raw = {
         "latent": rng.standard_normal((batch, *shape), np.float32),
-        "text": rng.integers(2, 100, (batch, length, built.tokenizer.hashes), np.int32),
-        "mask": np.ones((batch, length), bool),
+        "context": Context({"text": Tokens(ids, np.ones((batch, length), bool))}),
         "index": np.arange(batch, dtype=np.uint32),
     }
     frozen = {"vae": {}, "stats": LatentStats(np.zeros(shape[-1], np.float32), np.ones(shape[-1], np.float32))}

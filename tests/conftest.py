@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import forks
 import jax
 import pytest
 from absl import flags
@@ -21,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 topology.environment()  # chips that are absent are compiled for
 # The suite compiles far more than it computes. Without LLVM's optimizations it compiles three times faster, and once
 # more twice as fast where no fusion makes an MLIR context of its own and LLVM's modules are not split among threads.
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.version.__version_info__ < (0, 11):  # later ones know no such flag
+    FAST += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
 os.environ["PJRT_NPROC"] = "64"  # threads: see program.start
 jax.config.update("jax_platforms", "cpu")
@@ -45,11 +49,25 @@ def pytest_collection_finish(session):
     gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_sessionfinish(session):
+    forks.end()
+
+
 def program(module: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python -m vgjax.<module> args` as a user would."""
+    """What `python -m vgjax.<module> args` says and how it ends, from a fork that has its imports."""
+    return forks.run(module, args, os.environ | {"JAX_PLATFORMS": "cpu"} | environment, timeout=300)
+
+
+def python(module: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m vgjax.<module> args` as a user would, for what `program` cannot show."""
     command = [sys.executable, "-m", f"vgjax.{module}", *map(str, args)]
     env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def started(module: str, *args: str, stdout: Any, stderr: Any, **environment: str) -> forks.Fork:
+    """A program to be watched and ended; `stdout` and `stderr` are files, or the first a pipe."""
+    return forks.Fork(module, args, os.environ | {"JAX_PLATFORMS": "cpu"} | environment, stdout, stderr)
 
 
 def planned(*flags: str) -> experiment.Experiment:

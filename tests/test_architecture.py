@@ -14,21 +14,22 @@ MAY_IMPORT = {
     "errors": set(),
     "typing": set(),
     "parallel.sharding": {"typing", "errors"},
-    "parallel.distributed": {"errors"},
-    "parallel.layouts": {"errors", "attention"},
+    "parallel.distributed": {"errors", "typing"},
+    "parallel.layouts": {"errors", "typing", "attention"},
     "nn": GROUND,
     "attention": GROUND,
     "models": GROUND | {"nn", "attention"},
     "flow": {"errors", "typing"},
     "losses": {"typing"},
     "metrics": {"errors", "typing", "data"},
-    "data": {"errors"},
+    "data": {"errors", "typing"},
     "objectives": GROUND | {"flow", "losses", "metrics", "models", "nn"},
     "open.tables": {"errors", "typing"},
-    "open.folders": {"errors", "data.storage"},
+    "open.folders": {"errors", "typing", "data.storage"},
     "open": GROUND | {"training.checkpoint", "data", "parallel", "flow", "models", "nn", "objectives"},
-    "pipeline": GROUND | {"experiment", "flow", "nn", "objectives", "open", "parallel", "training.checkpoint"},
-    "planner": {"errors"},
+    "pipeline": GROUND
+    | {"data.storage", "experiment", "flow", "nn", "objectives", "open", "parallel", "training.checkpoint"},
+    "planner": {"errors", "typing"},
     "training": GROUND | {"data.storage", "parallel.distributed", "losses"},
 }
 ENTRY = {"train", "sample", "encode", "evaluate", "plan", "convert"}
@@ -144,6 +145,11 @@ def test_files_functions_and_lines_stay_small():
         return said + [f"{n.name} is long" for n in functions if n.end_lineno - n.lineno >= 60]
 
     assert not offenders(wrong)
+
+
+def test_few_annotations_say_any():
+    said = {module(path): len(re.findall(r"\bAny\b", path.read_text())) for path in FILES}
+    assert sum(said.values()) < 80, sorted(said.items(), key=lambda item: -item[1])[:10]
 
 
 def test_no_drawers():

@@ -1,8 +1,10 @@
 """Latents are those of the clips as they are: what has changed since is encoded anew, and nothing else."""
 
+import contextlib
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -12,24 +14,20 @@ from vgjax import encode
 from vgjax.data.sources import Folder, Latents
 from vgjax.errors import UserError
 from vgjax.nn.codec import LatentStats
+from vgjax.pipeline.codec import Codec
 
 
-class Means(encode.Trained):
-    """Latents are means of pixels; counts what it encodes."""
+class Means(Codec):
+    """Its latents are means of pixels; counts what it encodes."""
 
     def __init__(self, vae="a"):
+        super().__init__(None, contextlib.nullcontext, LatentStats(jnp.zeros(1), jnp.ones(1)), lambda: vae)
         object.__setattr__(self, "seen", [])
-        super().__init__(vae, {"vae": {}, "stats": LatentStats(np.zeros(1), np.ones(1))})
 
-    def made_by(self):
-        return {"vae": self.vae}
-
-    def check(self, frames, size):
-        pass
+    def latent_shape(self, frames, size):
+        return frames, *size, 1
 
     def encoder(self, frames, size):
-        import contextlib
-
         def means(clips):
             self.seen.append(len(clips))
             return clips.astype(np.float32).mean(axis=-1, keepdims=True)
@@ -51,7 +49,13 @@ def captioned(folder, captions: dict[str, str]):
 
 
 def ensured(folder, by):
-    encode.ensure(Folder(folder), DATA, by, folder.parent / "latents", folder.parent / "bad.jsonl")
+    encode.ensure(
+        Folder(folder),
+        DATA,
+        by if isinstance(by, encode.By) else encode.By(by),
+        folder.parent / "latents",
+        folder.parent / "bad.jsonl",
+    )
     there = Latents(folder.parent / "latents")
     return [(float(latent.mean()), caption) for latent, caption in map(there.load, range(len(there)))]
 
@@ -84,12 +88,12 @@ def test_a_write_that_fails_leaves_the_latents_that_were_there(folder):
     before = ensured(folder, Means())
     write(folder, {"b": 25})
 
-    class Broken(Means):
+    class Broken(encode.By):
         def read(self, captions, writer):
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        ensured(folder, Broken())
+        ensured(folder, Broken(Means()))
     there = Latents(folder.parent / "latents")
     assert [float(there.load(i)[0].mean()) for i in range(3)] == [value for value, _ in before]
 

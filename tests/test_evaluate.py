@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from vgjax import encode, errors, evaluate, experiment
-from vgjax.data.sources import Folder, Latents
+from vgjax.data.sources import Clip, Folder, Latents
+from vgjax.pipeline.frozen import frozen_vae
 from vgjax.pipeline.pipeline import Pipeline
 from vgjax.training import checkpoint
 
@@ -64,15 +65,12 @@ def test_the_nearest_clip_of_a_sample_is_found_in_latent_space(trained):
         """A model that remembers every clip: its samples are latents of the captioned clip."""
 
         def sampled(self, captions, seed):
-            data = sampler.source.experiment.config.data
             of = {caption: i for i, (_, caption) in enumerate(source.records)}
-            clip = evaluate.Clip(data.frames, tuple(data.size), data.fps)
-            clips = [source.load(of[caption], clip, None)[0] for caption in captions]
-            batch = {"video": jnp.asarray(np.stack(clips))}
-            return np.asarray(sampler.source.experiment.objective.prepare(sampler.source.frozen, batch)["x"])
+            clips = [source.load(of[caption], Clip(5, (16, 16), 8.0), None)[0] for caption in captions]
+            return sampler.codec.encode(np.stack(clips))
 
     perfect = Perfect(**sampler.__dict__)
-    table = evaluate.nearest(perfect, source, per_clip=1, windows=2)
+    table = evaluate.nearest(perfect, source, Clip(5, (16, 16), 8.0), per_clip=1, windows=2)
     assert table["right"] == table["of"] == len(source)
 
 
@@ -91,10 +89,10 @@ def test_encoding_writes_latents_once_and_refuses_those_of_another_vae(trained, 
 
 
 def test_latents_are_the_encoders_means(trained):
-    config, frozen = experiment.frozen_vae(trained / "vae")
+    config, frozen = frozen_vae(trained / "vae")
     vae = experiment.model("config.model", config.model, experiment.compute_dtype("float32"))
     source, made = Folder(trained / "data" / "train"), Latents(trained / "latents")
-    clip, caption = source.load(3, evaluate.Clip(5, (16, 16), 8.0), None)
+    clip, caption = source.load(3, Clip(5, (16, 16), 8.0), None)
     mean, _ = vae.apply({"params": frozen["vae"]}, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32), method="encode")
     latent, stored = made.load(3)
     np.testing.assert_allclose(latent, mean[0], atol=1e-5)

@@ -48,7 +48,10 @@ def test_every_model_is_built_by_a_config_or_for_a_published_class(tmp_path):
 
 
 def test_all_configs_are_tried():
-    assert {name.partition(".")[0] for name in CONFIGS} == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    folders = {"scratch"}  # asks for converted folders: tests/pipeline/test_frozen.py has them
+    assert folders | {name.partition(".")[0] for name in CONFIGS} == {
+        path.stem for path in (ROOT / "configs").glob("*.py")
+    }
 
 
 def test_a_player_may_have_an_optimizer_and_a_cadence_of_its_own():

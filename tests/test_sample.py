@@ -80,7 +80,7 @@ def test_other_lengths_and_sizes_are_sampled_too(sampler):
     "options,sentence",
     [
         (dict(frames=7), "nearest number of frames that works is 9"),
-        (dict(size=(18, 16)), "nearest height that works is 16"),
+        (dict(size=(18, 16)), "18x16 pixels .* the nearest that does is 16x16"),
         (dict(size=(20, 16)), "does not divide into patches"),
         (dict(steps=0), "at least 1"),
         (dict(interval=(0.6, 0.0)), "0 <= first < second <= 1"),
@@ -246,7 +246,7 @@ def test_prompts_that_are_cut_are_counted_once_on_stderr(still, tmp_path, capsys
     long = "one two three four five six seven eight nine ten"  # and the begin token: 11, of 8
     assert run(*still, "--prompt", long, "--num", 1, "--out", tmp_path) == 0
     said = capsys.readouterr().err
-    assert said.count("note:") == 1 and "1 of 2 prompts" in said and "8 tokens" in said and "11" in said
+    assert said.count("note:") == 1 and "1 of 2 texts" in said and "8 tokens" in said and "11" in said
 
 
 def test_weights_are_read_straight_onto_the_mesh(trained, monkeypatch):

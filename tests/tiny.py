@@ -1,4 +1,7 @@
-"""The smallest real training, for tests: `--config tests/tiny.py:vae` and `:dit`, seconds each."""
+"""The smallest real training, for tests: `--config tests/tiny.py:vae`, `:dit` and `:frozen`, seconds each.
+
+`frozen` is a flow on a published VAE and two published encoders, whose folders its flags name.
+"""
 
 from ml_collections import ConfigDict
 
@@ -51,4 +54,8 @@ def get_config(arg: str = "vae") -> ConfigDict:
     config.data.drop_caption = 0.1
     config.evaluate.prompts = 4
     config.sample = dict(steps=2, cfg=2.0, batch=4)
+    if arg == "frozen":
+        del config.tokenizer
+        config.data.size = (32, 32)
+        config.text = dict(kind="frozen", path="", encoders=("text_encoder", "text_encoder_2"), dim=16, pooled=16)
     return config

@@ -13,10 +13,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,9 @@ from vgjax.errors import UserError, door
 from vgjax.open import folders, tables, tune
 from vgjax.open.store import INDEX, READERS, abstract, fields, index_of, parts_of, reader, tokenized
 from vgjax.parallel import distributed, layouts, sharding
+from vgjax.parallel.layouts import Placement
 from vgjax.training import checkpoint, program
+from vgjax.typing import Config, Json, Module, PyTree
 
 UNFINISHED = ".unfinished"
 BATCH = 2**27  # bytes of leaves that are written together, or one that is larger
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         tune.merge(folder, run, part, args.dtype)
         rest(folder, part, {run.component})
     else:
-        convert(source, part, args.dtype, where)
+        convert(source, part, args.dtype, where, args.only)
     with writing(to):
         if to.exists():
             to.rmdir()
@@ -72,22 +73,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--to", required=True, help="an empty or new folder")
     parser.add_argument("--dtype", choices=tables.FLOATS, help="of the parameters; default: as published")
     parser.add_argument("--layout", default="", help=f"load spread over all devices: {', '.join(layouts.LAYOUTS)}")
+    parser.add_argument("--only", nargs="+", default=[], help="these models alone, as vae text_encoder")
     parser.add_argument("--export", action="store_true", help="from a converted folder back to a published one")
     return parser.parse_args(argv)
 
 
-def convert(source: Path, to: Path, dtype: str | None, where: Any) -> None:
+def convert(source: Path, to: Path, dtype: str | None, where: Placement | None, only: Sequence[str] = ()) -> None:
     """Every component of a published folder; what does not fit in any of them is said together, before any is read.
 
-    Its tokenizers are tried too: else what they lack would be said when the first prompt is sampled.
+    Its tokenizers are tried too: else what they lack would be said when the first prompt is sampled. only: components
+    that are wanted, the others need not be there: a model trained from scratch takes a VAE and encoders alone.
     """
-    components = {name: Component(source / name, config) for name, config in components_of(source).items()}
+    components = {name: Component(source / name, config) for name, config in components_of(source, only).items()}
     said = [f"{name}: {sentence}" for name, one in components.items() for sentence in one.mismatches()]
     if said:
         more = f"; and {len(said) - 20} more" if len(said) > 20 else ""
         raise UserError(f"{source} does not fit, in {len(said)} place(s): {'; '.join(said[:20])}{more}")
     for name in parts_of(source):
-        if name.startswith("tokenizer"):
+        if name.startswith("tokenizer") and (source / name).is_dir():
             tokenized(source / name, ["a cat walks"], 8)
     types = {name: one.dtypes(dtype) for name, one in components.items()}
     for name in types:
@@ -96,16 +99,21 @@ def convert(source: Path, to: Path, dtype: str | None, where: Any) -> None:
         seconds = time.perf_counter() - start
         rate = f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s)"
         print(f"{name}: {rate}", file=sys.stderr, flush=True)
-    rest(source, to, set(types))
+    unwanted = {name for name in parts_of(source) if only and name not in only and not name.startswith("tokenizer")}
+    rest(source, to, set(types) | unwanted)
 
 
-def components_of(source: Path) -> dict[str, dict[str, Any]]:
-    """The config.json of every component with weights, by the folder's name."""
+def components_of(source: Path, only: Sequence[str] = ()) -> dict[str, Json]:
+    """The config.json of every component with weights, or of those that are wanted, by the folder's name."""
     if not source.is_dir():
         raise UserError(f"--from {source} is no folder: give a published pipeline")
-    found = {}
-    for name, kind in parts_of(source).items():
+    found, parts = {}, parts_of(source)
+    if unknown := [name for name in only if name not in parts]:
+        raise UserError(f"--only {unknown[0]}: {source / INDEX} names {', '.join(parts)}")
+    for name, kind in parts.items():
         folder = source / name
+        if only and name not in only:
+            continue
         if not folder.is_dir():
             raise UserError(f"{source} lacks the folder {name}, which {INDEX} names: download it")
         if (folder / "config.json").is_file() or kind in READERS:  # else a tokenizer, a scheduler
@@ -118,7 +126,7 @@ def components_of(source: Path) -> dict[str, dict[str, Any]]:
 class Component:
     """One published model: its files, our module for it, and the weight table between the two."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, config: Config):
         cls, self.of_model, _ = reader(config, folder)
         self.config, self.section = dict(config), fields(config, folder)
         self.kind = next(kind for kind, (known, _) in experiment.MODELS.items() if known is cls)
@@ -136,13 +144,13 @@ class Component:
         ignored = getattr(self.of_model, "IGNORED", ())
         return tables.mismatches(self.table, self.tree, self.files.shapes, ignored)
 
-    def dtypes(self, dtype: str | None) -> dict[str, Any]:
+    def dtypes(self, dtype: str | None) -> Json:
         """The type of each leaf: as published, or as told."""
         if dtype is None:
             return tables.dtypes(self.table, self.tree, self.files.shapes)
         return dict.fromkeys(tables.flat(self.tree), jnp.dtype(dtype))
 
-    def load(self, to: Path, types: Mapping[str, Any], where: Any) -> int:
+    def load(self, to: Path, types: Config, where: Placement | None) -> int:
         """From the files to a checkpoint; returns its bytes."""
         placed = tables.flat(sharding.shardings(self.boxed, *where)) if where else {}
         wanted = [
@@ -161,9 +169,9 @@ class Component:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in wanted)
 
 
-def batches(leaves: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+def batches(leaves: Iterator[tuple[str, PyTree]]) -> Iterator[Json]:
     """The leaves in nested dicts of `BATCH` bytes or more: each one that is saved costs 0.03 s."""
-    batch: dict[str, Any] = {}
+    batch: Json = {}
     for path, leaf in leaves:
         batch[path] = leaf
         if sum(one.nbytes for one in batch.values()) >= BATCH:
@@ -173,7 +181,7 @@ def batches(leaves: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
         yield tables.nested(batch)
 
 
-def table_of(model: Any, of_model: ModuleType, prefix: str | None) -> tables.Table:
+def table_of(model: Module, of_model: ModuleType, prefix: str | None) -> tables.Table:
     """The weight table, with its names' beginning where a file of models has several."""
     return of_model.weights(model) if prefix is None else of_model.weights(model, prefix)
 

@@ -2,17 +2,15 @@
 
 A set of latents costs one pass over the videos and saves decoding and encoding in every later step. It remembers which
 VAE made it, and a model trained on it refuses any other. Of a converted folder of open weights the text encoders read
-the captions too, and what they made of them lies beside the latents.
+the captions too, and what they made of them lies beside the latents. With `--config FILE [--config.key=value ...]`, as
+a training has it, the set is that which the training needs, in `config.latents`.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,99 +21,43 @@ from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder, Latents, LatentWriter, summary
 from vgjax.data.transforms import BadFiles, names
 from vgjax.errors import UserError, check_finite, door
-from vgjax.objectives.vae import from_uint8
 from vgjax.open.families import family_of, is_open
 from vgjax.open.store import Store
-from vgjax.open.texts import embed, identity, padded, reading
-from vgjax.parallel import distributed, sharding
-from vgjax.pipeline.published import Decoder
-from vgjax.training import checkpoint, program
-from vgjax.typing import Float, PyTree
+from vgjax.open.texts import Frozen
+from vgjax.open.tune import Captions
+from vgjax.parallel import distributed, layouts
+from vgjax.pipeline import opening, trained
+from vgjax.pipeline import published as of_folder
+from vgjax.pipeline.codec import Codec
+from vgjax.pipeline.frozen import frozen_of, frozen_vae
+from vgjax.training import program
+from vgjax.typing import Conditioner, Float
 
-ROWS, CLIP_BYTES = 32, 2**28  # clips encoded at a time: at most so many, of so many bytes (fp32) on a device
+USAGE = "usage: python -m vgjax.encode --config configs/x.py [--config.key=value ...] [--workdir DIR]"
+LOOKED_AT = 20_000  # captions that are counted at a start
 CAPTIONS = 512  # read by the encoders at a time: more would fill the host's memory with embeddings
-Encode = Callable[[np.ndarray], np.ndarray]  # uint8 clips to latents, fp32
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A VAE that was trained here, on the active layout `where` if given. Captions are left to the tokenizer."""
+class By:
+    """Who makes a set: a codec, and the frozen encoders that read its captions (None: whoever trains on them does)."""
 
-    vae: Any
-    frozen: PyTree
-    where: tuple[Any, Any] | None = None
-
-    def made_by(self) -> dict[str, str]:
-        return {"vae": checkpoint.digest(self.frozen)}
-
-    def check(self, frames: int, size: tuple[int, int]) -> None:
-        """A `UserError` for clips that the VAE does not take."""
-        self.vae.latent_shape(frames, *size)
-
-    @contextlib.contextmanager
-    def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
-        """(clips at a time, function): as many clips as fit `CLIP_BYTES`, at least one a device, at most `ROWS`."""
-        degree = 1
-        if self.where:
-            with sharding.use(*self.where):
-                degree = sharding.degree("batch")
-        fit = max(1, CLIP_BYTES // (4 * 3 * frames * math.prod(size)))
-        batch = max(degree, min(ROWS, fit * degree) // degree * degree)
-        of = jax.jit(lambda params, x: self.vae.apply({"params": params}, from_uint8(x), method="encode")[0])
-
-        params = sharding.replicate(self.frozen["vae"], self.where[1]) if self.where else self.frozen["vae"]
-
-        def encode(clips: np.ndarray) -> np.ndarray:
-            rows = padded(clips, batch)
-            rows = sharding.place(rows, *self.where) if self.where else rows
-            return distributed.fetch(of(params, rows)).astype(np.float32)[: len(clips)]
-
-        yield batch, encode
-
-    def read(self, captions: Sequence[str], writer: LatentWriter) -> None:
-        """Nothing: whoever trains on them reads them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """The VAE and the text encoders of a converted folder."""
-
-    store: Store
-    family: Any
+    codec: Codec
+    encoders: Frozen | Captions | None = None
 
     def made_by(self) -> dict[str, str]:
-        return {
-            "vae": identity(self.store, "vae"),
-            "text encoders": reading(self.store, self.family),
-        }
-
-    def check(self, frames: int, size: tuple[int, int]) -> None:
-        """A `UserError` for clips that the models do not take."""
-        Decoder(self.store, self.family).latent_shape(frames, size)
-
-    @contextlib.contextmanager
-    def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
-        """(clips at a time, function), one at a time; the VAE is on the devices until the end of the block."""
-        family, store = self.family, self.store
-        with store.here(), store.model("vae") as (vae, params, _):
-
-            def encode(clips: np.ndarray) -> np.ndarray:
-                mean, _ = family.encode(vae, params, store.put(np.asarray(from_uint8(clips))))
-                return distributed.fetch(mean).astype(np.float32)
-
-            yield 1, encode
+        """What the set depends on beside the clips."""
+        return {"vae": self.codec.identity()} | ({"text encoders": self.encoders.identity()} if self.encoders else {})
 
     def read(self, captions: Sequence[str], writer: LatentWriter) -> None:
         """Writes what the encoders make of the captions, and of the empty one that stands for a dropped one."""
-        unique = list(dict.fromkeys([*captions, ""]))
+        unique = list(dict.fromkeys([*captions, ""])) if self.encoders else []
         for start in range(0, len(unique), CAPTIONS):
             some = unique[start : start + CAPTIONS]
-            c, mask, vec = embed(self.store, self.family, some, keep=False)
-            for i, caption in enumerate(some):
-                writer.add_text(caption, (c[i], mask[i], None if vec is None else vec[i]))
+            writer.add_texts(some, self.encoders(some, keep=False))
 
 
-def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path, bad_files: Path) -> None:
+def ensure(source: Folder, data: ConfigDict, by: By, out: Path, bad_files: Path) -> None:
     """Writes the latents of every clip of `source` to `out`, unless they are there, made by the same models.
 
     Where clips or captions have changed since, the set is written anew: latents of unchanged files are taken over.
@@ -140,7 +82,7 @@ def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path,
             return
         if jax.process_count() > 1:
             raise UserError(f"clips of {source.path} have changed since {out} was written: run vgjax.encode before")
-    by.check(data.frames, tuple(data.size))
+    by.codec.latent_shape(data.frames, tuple(data.size))
     known = old.contents() if old else {}
     contents = {record: source.content(record) for record in range(len(source))} if known else {}
     kept = {record: known[content] for record, content in contents.items() if content in known}
@@ -163,11 +105,18 @@ def ensure(source: Folder, data: ConfigDict, by: Trained | Published, out: Path,
     print(f"encoded {writer.count} of {len(source)} clips into {out}{taken}", flush=True)
 
 
-def _encoded(
-    found: Iterator[Example], by: Trained | Published, clip: Clip
-) -> Iterator[tuple[int, Float[np.ndarray, "t h w c"]]]:
+def say_cut(conditioner: Conditioner, source: Folder) -> None:
+    """Says how many captions are longer than what is read of them; of many, some are looked at."""
+    captions = [caption for _, caption in source.records]
+    apart = -(-len(captions) // LOOKED_AT)
+    some = f"captions, one in {apart} looked at" if apart > 1 else "captions"
+    for sentence in conditioner.cut(captions[::apart]) if jax.process_index() == 0 else []:
+        distributed.note(f"{some}: {sentence}")
+
+
+def _encoded(found: Iterator[Example], by: By, clip: Clip) -> Iterator[tuple[int, Float[np.ndarray, "t h w c"]]]:
     """(record, latent) of readable examples, in their order."""
-    with by.encoder(clip.frames, clip.size) as (batch, encode):
+    with by.codec.encoder(clip.frames, clip.size) as (batch, encode):
         for group in _groups(found, batch):
             latents = encode(np.stack([example.array for example in group]))
             yield from ((example.id, latent) for example, latent in zip(group, latents, strict=True))
@@ -188,6 +137,8 @@ def _groups(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
 
 @door
 def main(argv: list[str]) -> None:
+    if any(arg.startswith(("--config", "-config")) for arg in argv[1:]):
+        return of_config(argv)
     parser = argparse.ArgumentParser("python -m vgjax.encode", description="Encodes a folder of videos once.")
     parser.add_argument("--checkpoint", required=True, help="workdir of a trained VAE, or a converted folder")
     parser.add_argument("--data", required=True, help="folder of videos with captions")
@@ -202,22 +153,42 @@ def main(argv: list[str]) -> None:
     if is_open(folder):
         by, data = published(folder)
     else:
-        config, frozen = experiment.frozen_vae(args.checkpoint)
-        dtype = experiment.compute_dtype(config.precision)
-        by, data = Trained(experiment.model("config.model", config.model, dtype), frozen), config.data
+        config, frozen = frozen_vae(args.checkpoint)
+        vae = experiment.model("config.model", config.model, experiment.compute_dtype(config.precision))
+        by, data = By(trained.codec_of(vae, frozen)), config.data
     given = {"frames": args.frames, "size": program.size_of(args.size), "fps": args.fps}
     data.update({key: value for key, value in given.items() if value is not None})
     source = Folder(Path(args.data))
     print(summary(source), flush=True)
+    if by.encoders:
+        say_cut(by.encoders, source)
     ensure(source, data, by, out, out.with_suffix(".bad_files.jsonl"))
 
 
-def published(folder: Path, where: tuple[Any, Any] | None = None) -> tuple[Published, ConfigDict]:
-    """The models of a converted folder, spread over (layout, mesh) if given, and the clips that they are sampled as."""
-    store = Store(folder.absolute(), experiment.compute_dtype("auto"), where)
+def of_config(argv: list[str]) -> None:
+    """What a training by this config would encode at its first start: for jobs of several processes, which read it."""
+    config, _, folder = program.read_config(argv, USAGE, workdir=False)
+    distributed.single("vgjax.encode")
+    config = experiment.resolve(config, Path(folder or ".").absolute())
+    if not config.get("latents"):
+        raise UserError("config.latents is empty: name the folder for the latents")
+    config, of_vae, frozen = frozen_of(config)
+    built, where = experiment.build(config, of_vae), experiment.call("config.layout", layouts.find, config.layout)
+    reads = built.conditioner if built.conditioner.frozen else None
+    by = By(opening.codec_of(built, frozen, where), reads.placed(where) if reads else None)
+    source, out = experiment.source(config), Path(config.latents)
+    print(summary(source), flush=True)
+    say_cut(built.conditioner, source)
+    ensure(source, config.data, by, out, out.with_suffix(".bad_files.jsonl"))
+
+
+def published(folder: Path) -> tuple[By, ConfigDict]:
+    """The models of a converted folder, and the clips that they are sampled as."""
+    store = Store(folder.absolute(), experiment.compute_dtype("auto"))
     family = family_of(store)
     use = family.settings(store)
-    return Published(store, family), ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
+    by = By(of_folder.codec_of(store), family.conditioner(store))
+    return by, ConfigDict({"frames": use.frames, "size": use.size, "fps": use.fps})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Metrics over a checkpoint: `python -m vgjax.evaluate --checkpoint DIR`, as a table and `evaluation.json`.
 
-For a VAE: PSNR and SSIM on held-out clips. For a flow: velocity loss in timestep bins with fixed noise, its VAE's PSNR
-and SSIM, and, in a world that can be read by rules, how often a sampled clip shows what its caption says. With
-`nearest`, whether each caption's sample lies nearest to its own training clip in latent space.
+For a VAE: PSNR and SSIM on held-out clips. For a flow, a finetuning or a converted folder: velocity loss in timestep
+bins with fixed noise, its VAE's PSNR and SSIM, and, in a world that can be read by rules, how often a sampled clip
+shows what its caption says. With `nearest`, whether each caption's sample lies nearest to its own training clip in
+latent space.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +26,23 @@ from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
 from vgjax.data.storage import writing
 from vgjax.errors import Diverged, UserError, door
-from vgjax.flow.path import sample_keys
+from vgjax.flow.path import errors, sample_keys
+from vgjax.flow.steppers import Velocity
 from vgjax.metrics import prompt
 from vgjax.metrics.psnr import psnr, ssim
-from vgjax.nn.codec import latent_stats
-from vgjax.objectives.flow import FlowObjective
-from vgjax.objectives.vae import from_uint8, to_uint8
-from vgjax.parallel import distributed, sharding
+from vgjax.nn.codec import encode_mean, from_uint8, latent_stats
+from vgjax.open.families import is_open
+from vgjax.parallel import distributed, layouts
+from vgjax.parallel.distributed import fetch
+from vgjax.pipeline import trained
+from vgjax.pipeline.codec import Codec
+from vgjax.pipeline.opening import load
 from vgjax.pipeline.pipeline import Pipeline
-from vgjax.pipeline.trained import Run, pipeline, wanted
 from vgjax.training import checkpoint, program
 from vgjax.training.log import Log, keep_until
-from vgjax.typing import Params, PyTree
+from vgjax.typing import Array, Config, Context, Json, Params, PyTree
+
+ROWS, BINS, SHOWN = 16, 4, 6  # clips at a time; bins of time that a loss is told in; captions of a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,47 +55,48 @@ class Plan:
     path: str = ""
 
 
-def reconstruction(vae: Any, params: Params, clips: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+def reconstruction(codec: Codec, clips: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     """(reconstructions uint8, mean PSNR in dB and SSIM over the clips) of a VAE's mean latents."""
-
-    @jax.jit
-    def one(params: Params, clip: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mean, _ = vae.apply({"params": params}, from_uint8(clip), method="encode")
-        out = to_uint8(vae.apply({"params": params}, mean, method="decode"))
-        return out, psnr(from_uint8(out), from_uint8(clip)), ssim(from_uint8(out), from_uint8(clip))
-
-    parts = [one(params, clips[i : i + 1]) for i in range(len(clips))]
-    out, decibel, similar = (np.concatenate([distributed.fetch(part[k]) for part in parts]) for k in range(3))
-    return out, {"psnr": float(decibel.mean()), "ssim": float(similar.mean())}
+    out, _ = codec.decode(codec.encode(clips), 1)
+    decibel, similar = zip(*(_compared(out[i : i + 1], clips[i : i + 1]) for i in range(len(out))), strict=True)
+    return out, {"psnr": float(np.mean(decibel)), "ssim": float(np.mean(similar))}
 
 
-def losses(run: Run, clips: list[Example], per_bin: int = 2) -> dict[str, float]:
-    """Velocity loss of EMA weights on held-out clips: `per_bin` fixed times a bin, noise fixed by clip and time."""
-    objective: FlowObjective = run.experiment.objective
-    tokens = [run.experiment.tokenizer(clip.caption) for clip in clips]
-    raw = {
-        "video": np.stack([clip.array for clip in clips]),
-        "text": np.stack([ids for ids, _ in tokens]),
-        "mask": np.stack([mask for _, mask in tokens]),
-        "index": np.arange(len(clips), dtype=np.uint32),
-    }
-    prepare = jax.jit(objective.prepare)
+@jax.jit
+def _compared(x: Array, y: Array) -> tuple[Array, Array]:
+    x, y = from_uint8(x), from_uint8(y)
+    return psnr(x, y), ssim(x, y)
 
-    @jax.jit
-    def at(params: Params, batch: PyTree, t: jax.Array, key: jax.Array) -> jax.Array:
-        return objective.errors(params, batch, jnp.full(batch["index"].shape, t), sample_keys(key, batch["index"]))
 
-    size, bins, table = 16, objective.bins, {}
-    groups = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], raw) for i in range(0, len(clips), size)]
-    groups = [prepare(run.frozen, group) for group in groups]
-    for i in range(bins):
-        values = []
-        for j in range(per_bin):
-            t, key = (i + (j + 0.5) / per_bin) / bins, jax.random.fold_in(jax.random.key(0), i * per_bin + j)
-            values += [distributed.fetch(at(run.params, group, t, key)) for group in groups]
-        table[f"loss/t{i}"] = float(np.concatenate(values).mean())
-    table["loss"] = float(np.mean(list(table.values())))
-    return table
+def losses(pipeline: Pipeline, clips: list[Example], per_bin: int = 2) -> dict[str, float]:
+    """Velocity loss on held-out clips: `per_bin` fixed times in each of `BINS`, noise fixed by clip and time.
+
+    Where models take turns each is asked at the times that it serves.
+    """
+    videos = np.stack([clip.array for clip in clips])
+    use = pipeline.defaults(cfg=1.0, frames=videos.shape[1], size=videos.shape[2:4])
+    x, context = pipeline.codec.encode(videos), pipeline.condition([clip.caption for clip in clips], use).context
+    rows = context, x, np.arange(len(clips), dtype=np.uint32)
+    groups = [jax.tree.map(lambda leaf, i=i: leaf[i : i + ROWS], rows) for i in range(0, len(clips), ROWS)]
+    drawn = [((i + (j + 0.5) / per_bin) / BINS, i * per_bin + j) for i in range(BINS) for j in range(per_bin)]
+    values: dict[int, float] = {}
+    for stage in pipeline.stages(use, x.shape[1:]):
+        times = stage.schedule.times
+        mine = [(t, n) for t, n in drawn if len(times) > 1 and n not in values and t <= times[-1]]
+        with pipeline.here(), stage.opened() as (velocity, variables):
+            for t, n in mine:
+                parts = [fetch(_errors(velocity, variables, *group, t, np.uint32(n))) for group in groups]
+                values[n] = float(np.concatenate(parts).mean())
+    table = {f"loss/t{i}": float(np.mean([values[i * per_bin + j] for j in range(per_bin)])) for i in range(BINS)}
+    return table | {"loss": float(np.mean(list(table.values())))}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _errors(
+    velocity: Callable[..., Velocity], variables: PyTree, context: Context, x: Array, index: Array, t: Array, n: Array
+) -> Array:
+    keys = sample_keys(jax.random.fold_in(jax.random.key(0), n), index)
+    return errors(velocity(variables, context), x, jnp.full(index.shape, t), keys)
 
 
 def prompt_accuracy(sampler: Pipeline, captions: list[str], world: shapes.World, seed: int = 0) -> dict[str, float]:
@@ -97,19 +104,15 @@ def prompt_accuracy(sampler: Pipeline, captions: list[str], world: shapes.World,
     return prompt.accuracy(list(sampler(captions, seed=seed)), captions, world)
 
 
-def nearest(sampler: Pipeline, source: Folder, per_clip: int = 4, windows: int = 16, seed: int = 0) -> dict[str, Any]:
+def nearest(sampler: Pipeline, source: Folder, clip: Clip, per_clip: int = 4, windows: int = 16, seed: int = 0) -> Json:
     """Whether each caption's sample lies nearest, among random windows of every clip, to its own clip (latent L2).
 
     `right` counts the first sample of each caption, `share` is of all `per_clip` samples of all captions.
     """
-    run: Run = sampler.source
-    data, objective = run.experiment.config.data, run.experiment.objective
-    clip, rng = Clip(data.frames, tuple(data.size), data.fps), np.random.default_rng(seed)
-    encode = jax.jit(lambda batch: objective.prepare(run.frozen, batch)["x"])
-    latents, captions = [], []
+    rng, latents, captions = np.random.default_rng(seed), [], []
     for record in range(len(source)):
         some, caption = zip(*(source.load(record, clip, rng) for _ in range(windows)), strict=True)
-        latents.append(distributed.fetch(encode({"video": np.stack(some)})))
+        latents.append(sampler.codec.encode(np.stack(some)))
         captions.append(caption[0])
     samples = sampler.sampled([caption for caption in captions for _ in range(per_clip)], seed=seed)
     distance = np.stack([[np.square(z - sample).mean((1, 2, 3, 4)).min() for z in latents] for sample in samples])
@@ -134,59 +137,62 @@ def clips_of(source: Folder, config: ConfigDict, count: int) -> list[Example]:
     return found
 
 
-def report(built: experiment.Experiment, plan: Plan, params: Params, frozen: PyTree) -> dict[str, Any]:
-    """Every figure that applies to this checkpoint."""
-    config = built.config
+def report(config: ConfigDict, plan: Plan, codec: Codec, pipeline: Pipeline | None) -> Json:
+    """Every figure that applies: of a VAE, and of the model that makes its latents."""
+    data = experiment.data_of(config)
     clips = clips_of(experiment.source(config, "val"), config, plan.clips)
-    videos = np.stack([clip.array for clip in clips])
-    if not built.objective.of_latents:
-        return {"vae": reconstruction(built.vae, params["vae"], videos)[1]}
-    run = Run(built, params, frozen)
-    sampler = pipeline(run)
-    table = {"vae": reconstruction(built.vae, frozen["vae"], videos)[1], "loss": losses(run, clips)}
-    if config.data.kind == "shapes":
+    table: Json = {"vae": reconstruction(codec, np.stack([clip.array for clip in clips]))[1]}
+    if pipeline is None:
+        return table
+    table["loss"] = losses(pipeline, clips)
+    if data.kind == "shapes":
         world = experiment.world_of(config)
         for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
             captions = experiment.captions(config, split)[: plan.prompts]
-            table[name] = prompt_accuracy(sampler, captions, world)
+            table[name] = prompt_accuracy(pipeline, captions, world)
     if plan.nearest:
-        table["nearest"] = nearest(sampler, experiment.source(config, "train"))
+        clip = Clip(data.frames, tuple(data.size), data.fps)
+        table["nearest"] = nearest(pipeline, experiment.source(config, "train"), clip)
     return table
 
 
 class Show:
     """What a running training shows of itself: pictures, scores, and the statistics its checkpoints carry."""
 
-    def __init__(self, built: experiment.Experiment, frozen: PyTree, batches: Callable[[], Iterator[PyTree]], log: Log):
-        """`batches` gives the run's first batches anew at each call."""
-        self.built, self.config, self.frozen, self.batches, self.log = built, built.config, frozen, batches, log
-        self.flow = built.objective.of_latents
-        self.plan = experiment.call("config.evaluate", Plan, self.config.get("evaluate", {}))
-        vae = self.built.vae
-        self.encode = jax.jit(
-            lambda params, clips: vae.apply({"params": params}, from_uint8(clips), method="encode")[0]
-        )
+    def __init__(
+        self,
+        built: experiment.Experiment,
+        opened: Callable[[Params], tuple[Codec, Pipeline | None]],
+        batches: Callable[[], Iterator[PyTree]],
+        log: Log,
+    ):
+        """opened: of averaged parameters the codec and the pipeline; `batches` gives the run's first ones anew."""
+        self.config, self.opened, self.batches, self.log = built.config, opened, batches, log
+        self.vae = None if built.objective.of_latents else built.vae
+        self.plan = plan_of(self.config)
 
-    def statistics(self, ema: Params) -> dict[str, Any]:
+    def statistics(self, ema: Params) -> Json:
         """Per-channel mean and std of a VAE's latents over the run's first batches; nothing for a flow."""
-        if self.flow:
+        if self.vae is None:
             return {}
-        mean, std = latent_stats(jnp.concatenate([self.encode(ema["vae"], batch["video"]) for batch in self.batches()]))
-        return {"stats": [distributed.fetch(mean).tolist(), distributed.fetch(std).tolist()]}
+        means = [encode_mean(self.vae, ema["vae"], batch["video"]) for batch in self.batches()]
+        mean, std = latent_stats(jnp.concatenate(means))
+        return {"stats": [fetch(mean).tolist(), fetch(std).tolist()]}
 
-    def images(self, number: int, ema: Params, count: int = 6) -> None:
+    def images(self, number: int, ema: Params, count: int = SHOWN) -> None:
         """Samples of held-out captions, or reconstructions under their originals, as a contact sheet."""
-        if self.flow:
+        codec, pipeline = self.opened(ema)
+        if pipeline:
             captions = experiment.captions(self.config, "val")[:count]
             try:
-                videos = self._sampler(ema)(captions, batch=len(captions))
+                videos = pipeline(captions, batch=min(len(captions), pipeline.defaults().batch))
             except Diverged as error:  # a training goes on: its steps are watched by themselves
                 return self.log.event(number, "samples", str(error))
             self.log.images(number, "samples", np.asarray(video.contact_sheet(list(videos), captions)))
             return
         clips = clips_of(experiment.source(self.config, "val"), self.config, count)
         originals = np.stack([clip.array for clip in clips])
-        out, _ = reconstruction(self.built.vae, ema["vae"], originals)
+        out, _ = reconstruction(codec, originals)
         rows = [row for pair in zip(originals, out, strict=True) for row in pair]
         names = [name for clip in clips for name in (clip.caption, "reconstruction")]
         self.log.images(number, "reconstructions", np.asarray(video.contact_sheet(rows, names)))
@@ -194,7 +200,7 @@ class Show:
     def scores(self, number: int, ema: Params) -> None:
         """The figures of the averaged weights into TensorBoard and `evaluations.jsonl`."""
         try:
-            table = flat(report(self.built, self.plan, ema, self.frozen))
+            table = flat(report(self.config, self.plan, *self.opened(ema)))
         except Diverged as error:
             return self.log.event(number, "samples", str(error))
         self.log.scalars(number, {f"evaluate/{key}": value for key, value in table.items()})
@@ -205,11 +211,22 @@ class Show:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": number, **table}) + "\n")
 
-    def _sampler(self, ema: Params) -> Pipeline:
-        return pipeline(Run(self.built, ema, self.frozen))
+
+def plan_of(config: ConfigDict) -> Plan:
+    """The `evaluate` section, checked."""
+    return experiment.call("config.evaluate", Plan, config.get("evaluate", {}))
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def shown(config: ConfigDict, plan: Plan) -> list[str]:
+    """Every caption that a training reads when it shows itself, and that which stands for none."""
+    splits = ("val", "novel") if config.data.kind == "shapes" else ("val",)
+    found = [experiment.captions(config, split) for split in splits]
+    most = max(SHOWN, plan.clips, plan.prompts)
+    found += [experiment.captions(config, "train")] if plan.nearest else []
+    return [*dict.fromkeys(caption for some in found for caption in some[:most]), ""]
+
+
+def flat(table: Config, prefix: str = "") -> dict[str, float]:
     """`{"a": {"b": 1}}` to `{"a/b": 1}`, numbers only."""
     out = {}
     for key, value in table.items():
@@ -223,39 +240,61 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 @door
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m vgjax.evaluate", description="Measures a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, help="training workdir, its checkpoints or one step")
+    parser.add_argument("--checkpoint", required=True, help="training workdir, its checkpoints, one step, or a folder")
     parser.add_argument("--data", help="folder of held-out videos, instead of the config's")
     parser.add_argument("--clips", type=int, help="held-out clips")
     parser.add_argument("--prompts", type=int, help="prompts of each kind")
-    parser.add_argument("--weights", default="ema", choices=("ema", "params"))
+    parser.add_argument("--frames", type=int, help="of a clip; for a converted folder, as --size and --fps")
+    parser.add_argument("--size", help="HxW in pixels")
+    parser.add_argument("--fps", type=float)
+    parser.add_argument("--weights", choices=("ema", "params"), help="of a run; default: ema")
+    parser.add_argument("--layout", default="", help=f"measure on several devices: {', '.join(layouts.LAYOUTS)}")
+    parser.add_argument("--devices", type=int, default=0, help="how many of them, 0 for all")
     parser.add_argument("--out", help="JSON file, default: evaluation.json in the workdir")
     args = parser.parse_args(argv[1:])
     distributed.single("vgjax.evaluate")
-    workdir = checkpoint.workdir_of(args.checkpoint)
-    tree, meta, number = checkpoint.load(args.checkpoint, items=(args.weights,))
-    out = Path(args.out or workdir / "evaluation.json").absolute()
+    path = Path(args.checkpoint)
+    config, codec, pipeline, number = opened(args)
+    out = Path(args.out or (path if is_open(path) else checkpoint.workdir_of(path)) / "evaluation.json").absolute()
     program.workdir(str(out.parent))  # said before all is measured
-    config, frozen, of_vae = ConfigDict(meta["config"]), {}, None
-    if config.objective.kind == "finetune":
-        raise UserError(f"{args.checkpoint} is a finetuning, of which nothing is measured: sample it with vgjax.sample")
-    if args.data and config.data.kind != "folder":
-        raise UserError(f"--data {args.data}: {args.checkpoint} was trained in a world of its own, which is measured")
-    if args.data:
-        config.evaluate.path = args.data
-    if config.data.kind == "folder" and not config.evaluate.get("path", ""):
-        print(f"note: measured on the clips it was trained on, {config.data.path}: give --data for held-out ones")
-    if config.objective.kind == "flow":
-        of_vae, frozen = experiment.frozen_vae(workdir / "vae")
-    built = experiment.build(config, of_vae)
-    checkpoint.check_leaves(tree[args.weights], sharding.unboxed(wanted(built)), args.checkpoint)
-    plan = experiment.call("config.evaluate", Plan, config.evaluate)
+    plan = plan_of(config)
     given = {key: getattr(args, key) for key in ("clips", "prompts") if getattr(args, key) is not None}
-    table = report(built, dataclasses.replace(plan, **given), tree[args.weights], frozen)
+    table = report(config, dataclasses.replace(plan, **given), codec, pipeline)
     for name, value in flat(table).items():
         print(f"{name:<48}{value:>10.4f}")
     with writing(out):
         out.write_text(json.dumps({"checkpoint": str(args.checkpoint), "step": number, **table}, indent=1))
     print(f"written to {out}")
+
+
+def opened(args: argparse.Namespace) -> tuple[ConfigDict, Codec, Pipeline | None, int]:
+    """(config, codec, pipeline if there is a model of its latents, step) of what is to be measured."""
+    path = Path(args.checkpoint)
+    if is_open(path):
+        if not args.data:
+            raise UserError(f"{path} holds what others trained: give --data, a folder of videos with captions")
+        pipeline = load(path, args.weights, args.layout, args.devices)
+        given = {"frames": args.frames, "size": program.size_of(args.size), "fps": args.fps}
+        use = pipeline.defaults(**{name: value for name, value in given.items() if value is not None})
+        pipeline.codec.latent_shape(use.frames, use.size)
+        data = {"kind": "folder", "path": args.data, "frames": use.frames, "size": use.size, "fps": use.fps}
+        config = ConfigDict({"objective": {"kind": "flow"}, "data": data, "evaluate": {"path": args.data}})
+        return config, pipeline.codec, pipeline, 0
+    if args.frames or args.size or args.fps:
+        raise UserError(f"--frames, --size and --fps have no effect: {path} is measured on clips as it was trained on")
+    step = checkpoint.newest(path)
+    config = ConfigDict(checkpoint.meta(step)["config"])
+    if args.data and config.data.kind != "folder":
+        raise UserError(f"--data {args.data}: {path} was trained in a world of its own, which is measured")
+    if args.data:
+        config.evaluate = {**config.get("evaluate", {}), "path": args.data}
+    if config.data.kind == "folder" and not config.get("evaluate", {}).get("path", ""):
+        print(f"note: measured on the clips it was trained on, {config.data.path}: give --data for held-out ones")
+    if config.objective.kind != "vae":
+        pipeline = load(step, args.weights, args.layout, args.devices)
+        return config, pipeline.codec, pipeline, int(step.name)
+    where = layouts.find(args.layout, args.devices) if args.layout else None
+    return config, trained.vae_of(step, args.weights or "ema", where), None, int(step.name)
 
 
 if __name__ == "__main__":

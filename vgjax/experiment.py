@@ -6,10 +6,8 @@ callable, so an unknown key is refused with the list of known ones.
 """
 
 import dataclasses
-import hashlib
 import inspect
 import json
-import shutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,28 +16,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
-from vgjax.data.storage import MANIFEST, fsync, writing
 from vgjax.errors import UserError, check_finite
 from vgjax.flow.path import check_seed
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
-from vgjax.models.text import TextEncoder
-from vgjax.nn.codec import stats_of
+from vgjax.models.text import TextEncoder, TextStreams
 from vgjax.objectives.finetune import FinetuneObjective, Lora
 from vgjax.objectives.flow import FlowObjective
-from vgjax.objectives.objective import Objective
 from vgjax.objectives.vae import VAEObjective
-from vgjax.open import tune
+from vgjax.open import texts, tune
 from vgjax.open.store import of_model
-from vgjax.parallel import distributed, layouts, sharding
-from vgjax.training import checkpoint, optimizers
+from vgjax.parallel import distributed, layouts
+from vgjax.training import optimizers
 from vgjax.training.players import Player
-from vgjax.typing import PyTree
+from vgjax.typing import Conditioner, Config, Dtype, Json, Module, Objective
 
 MODELS = {
     "causal_vae": (causal_vae.CausalVAE, causal_vae.SIZES),
@@ -88,37 +82,29 @@ class Data:
         check_finite(**{"config.data.fps": self.fps, "config.data.timeout_s": self.timeout_s})
 
 
+EVERY = {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"}
 SECTIONS = {
-    "vae": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"},
-    "flow": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"}
-    | {"tokenizer", "text", "time", "shift", "vae", "latents", "sample"},
-    "finetune": {"seed", "precision", "objective", "model", "data", "optim", "train", "layout"}
-    | {"weights", "component", "lora", "time", "shift", "latents", "sample"},
+    "vae": EVERY,
+    "flow": EVERY | {"tokenizer", "text", "time", "shift", "vae", "latents", "sample"},
+    "finetune": EVERY | {"weights", "component", "lora", "time", "shift", "latents", "sample"},
 }
 KINDS = {module: kind for kind, (module, _) in MODELS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes, built: the objective with its modules, and how captions become tokens.
-
-    The captions of a finetuning are encoded before it: there is no tokenizer.
-    """
+    """What a config describes, built: the objective with its modules, and what reads captions (None: nobody)."""
 
     config: ConfigDict
     objective: Objective
-    tokenizer: text.Bytes | text.Words | None
-
-    def texts(self, count: int) -> dict[str, PyTree]:
-        """Abstract `text` and `mask` of so many captions, as a batch has them."""
-        return self.objective.texts(count, self.tokenizer)
+    conditioner: Conditioner | None
 
     @property
-    def vae(self) -> Any:
+    def vae(self) -> Module:
         return self.objective.codec
 
 
-def call(where: str, function: Callable[..., Any], section: Mapping[str, Any] | ConfigDict, **given: Any) -> Any:
+def call(where: str, function: Callable[..., Any], section: Config | ConfigDict, **given: Any) -> Any:
     """`function(**section, **given)`, each key and simple type of the section checked against the signature."""
     known = {name: p for name, p in inspect.signature(function).parameters.items() if name not in ("parent", "name")}
     open_keys = [name for name in known if name not in given]
@@ -132,7 +118,7 @@ def call(where: str, function: Callable[..., Any], section: Mapping[str, Any] | 
     return function(**{key: tune.plain(value) for key, value in section.items()}, **given)
 
 
-def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any] | ConfigDict) -> tuple[Any, dict[str, Any]]:
+def choose(where: str, table: Config, section: Config | ConfigDict) -> tuple[Any, Json]:
     """(what `kind` names in the table, the rest of the section)."""
     rest = dict(section)
     kind = rest.pop("kind", None)
@@ -141,7 +127,7 @@ def choose(where: str, table: Mapping[str, Any], section: Mapping[str, Any] | Co
     return table[kind], rest
 
 
-def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any, **given: Any) -> Any:
+def model(where: str, section: Config | ConfigDict, dtype: Dtype, **given: Any) -> Any:
     """A module from its SIZES row and overrides."""
     (module, sizes), rest = choose(where, MODELS, section)
     size = rest.pop("size", None)
@@ -152,35 +138,54 @@ def model(where: str, section: Mapping[str, Any] | ConfigDict, dtype: Any, **giv
 
 def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     """The experiment of a resolved config; `vae` is the config of the frozen VAE under a flow."""
-    kind = _sections(config)
+    kind = sections(config)
     check_seed("config.seed", config.seed)
     data_of(config)
     dtype = compute_dtype(config.precision)
     rest = {key: value for key, value in config.objective.items() if key != "kind"}
     if kind == "vae":
         objective = call("config.objective", VAEObjective, rest, model=model("config.model", config.model, dtype))
-        return Experiment(config, objective, text.Bytes(1))
-    if kind == "finetune":
-        return Experiment(config, _finetune(config, rest, model("config.model", vae.model, dtype), dtype), None)
-    maker, of_tokenizer = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
-    tokenizer = call("config.tokenizer", maker, of_tokenizer)
+        return Experiment(config, objective, None)
     frozen = model("config.model", vae.model, dtype)
-    encoder = call("config.text", TextEncoder, config.text, vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype)
+    if kind == "finetune":
+        made = _finetune(config, rest, frozen, dtype)
+        named = Path(config.weights), tune.NAMED[config.objective.family]
+        return Experiment(config, made, tune.Captions(*named, made.model, dtype))
+    conditioner, encoder = text_of(config, dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
     attention = layouts.named(config.layout.kind).attention()
     known = MODELS.get(config.model.get("kind"), MODELS["mmdit"])[0].__dataclass_fields__
     of_model = {name: width for name, width in of_model.items() if name in known}  # not all take a pooled text
     velocity = model("config.model", {**of_model, **config.model}, dtype, attention=attention)
     given = dict(model=velocity, text=encoder, vae=frozen, **_times(config))
-    return Experiment(config, call("config.objective", FlowObjective, rest, **given), tokenizer)
+    return Experiment(config, call("config.objective", FlowObjective, rest, **given), conditioner)
 
 
-def _times(config: ConfigDict) -> dict[str, Any]:
+def text_of(config: ConfigDict, dtype: Dtype) -> tuple[Conditioner, TextEncoder | TextStreams]:
+    """(what reads captions, the module that learns to read on) of a flow."""
+    kinds = {"learned": TextEncoder, "frozen": TextStreams}
+    module, rest = choose("config.text", kinds, {"kind": "learned", **config.text})
+    if module is TextEncoder:
+        maker, of_tokenizer = choose("config.tokenizer", TOKENIZERS, config.tokenizer)
+        tokenizer = call("config.tokenizer", maker, of_tokenizer)
+        sizes = dict(vocab=tokenizer.vocab, hashes=tokenizer.hashes, dtype=dtype)
+        return text.Learned(tokenizer), call("config.text", module, rest, **sizes)
+    known = rest.pop("sha256", "")
+    conditioner = texts.frozen(rest.pop("path", ""), rest.pop("encoders", ()), dtype, call)
+    if known and known != conditioner.identity():
+        raise UserError(
+            f"config.text.path={config.text.path} holds other text encoders, or asks them otherwise, than those that "
+            "the model learned from: put them back, or train anew"
+        )
+    return conditioner, call("config.text", module, rest, dtype=dtype)
+
+
+def _times(config: ConfigDict) -> Json:
     law, rest = choose("config.time", TIMES, config.time)
     return dict(time=call("config.time", law, rest), shift=call("config.shift", Shift, config.shift))
 
 
-def _finetune(config: ConfigDict, rest: dict[str, Any], vae: Any, dtype: Any) -> FinetuneObjective:
+def _finetune(config: ConfigDict, rest: Json, vae: Module, dtype: Dtype) -> FinetuneObjective:
     name = rest.pop("family", None)
     if name not in tune.NAMED:
         raise UserError(f"config.objective.family={name!r} is unknown: use one of {', '.join(tune.NAMED)}")
@@ -191,25 +196,13 @@ def _finetune(config: ConfigDict, rest: dict[str, Any], vae: Any, dtype: Any) ->
         vae=vae,
         velocity_of=tune.NAMED[name].velocity,
         inputs=of_model(velocity).inputs,
-        length=tune.NAMED[name].LENGTH,
         lora=call("config.lora", Lora, config.lora) if config.lora.get("rank", 0) else None,
         **_times(config),
     )
     return call("config.objective", FinetuneObjective, rest, **given)
 
 
-def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, ConfigDict | None, PyTree]:
-    """(the config, the config of the frozen VAE if there is one, what else is frozen) of a training."""
-    kind = _sections(config)
-    if kind == "vae":
-        return config, None, {}
-    if kind == "flow":
-        return config, *own_vae(config.vae, workdir)
-    config, of_vae, stats = tune.adopt(config, KINDS)
-    return config, of_vae, {"stats": stats}
-
-
-def compute_dtype(precision: str) -> Any:
+def compute_dtype(precision: str) -> Dtype:
     """The one compute-dtype policy: bf16 on accelerators, fp32 on CPU (whose bf16 matmul is slower), or as told."""
     table = {
         "auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
@@ -221,9 +214,7 @@ def compute_dtype(precision: str) -> Any:
     return table[precision]
 
 
-def players(
-    section: Mapping[str, Any] | ConfigDict, steps: int, names: Sequence[str]
-) -> tuple[tuple[Player, ...], int]:
+def players(section: Config | ConfigDict, steps: int, names: Sequence[str]) -> tuple[tuple[Player, ...], int]:
     """(players of these names, micro-batches a step) of `config.optim`, whose `players` says what differs for one.
 
     For a player of another `kind` of optimizer only the options that all kinds share are taken over.
@@ -238,7 +229,7 @@ def players(
     return tuple(_player(name, shared, dict(own.get(name, {})), steps) for name in names), accumulate
 
 
-def _player(name: str, shared: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> Player:
+def _player(name: str, shared: Config, own: Config, steps: int) -> Player:
     where = f"config.optim.players.{name}" if own else "config.optim"
     if "kind" in own and own["kind"] != shared.get("kind"):
         shared = {key: value for key, value in shared.items() if key in (*CADENCE, *RATE)}
@@ -280,80 +271,13 @@ def source(config: ConfigDict, split: str = "train") -> Folder:
             shapes.write(world, folder, data.count if split == "train" else data.held_out, split, config.seed)
         return Folder(folder)
     captioned = config.objective.kind != "vae"  # captions are for what is conditioned on them
-    return Folder(Path(data.path if split == "train" else config.evaluate.get("path", "") or data.path), captioned)
+    held_out = config.get("evaluate", {}).get("path", "")
+    return Folder(Path(data.path if split == "train" else held_out or data.path), captioned)
 
 
 def captions(config: ConfigDict, split: str) -> list[str]:
     """The captions of a split, in order."""
     return [caption for _, caption in source(config, split).records]
-
-
-def frozen_vae(path: str | Path, where: tuple[Any, Any] | None = None) -> tuple[ConfigDict, PyTree]:
-    """(config of a trained VAE, `{"vae": EMA parameters, "stats": (mean, std)}`) from its checkpoint.
-
-    They are whole on each device of `where` (layout, mesh), or on one device.
-    """
-
-    def place(_: dict[str, Any], tree: PyTree) -> PyTree:
-        return sharding.abstract(tree, where)
-
-    tree, meta, _ = checkpoint.load(path, items=("ema",), place=place)
-    if "stats" not in meta:
-        raise UserError(f"{path} holds no VAE with latent statistics: give the workdir of a finished VAE training")
-    config = ConfigDict(meta["config"])
-    clip = jnp.zeros((1, config.data.frames, *config.data.size, 3))
-    vae = model("config.model", config.model, jnp.float32)
-    wanted = jax.eval_shape(lambda: sharding.unboxed(vae.init(jax.random.key(0), clip)["params"]))
-    checkpoint.check_leaves(tree["ema"]["vae"], wanted, path)
-    stats = stats_of(meta["stats"])
-    return config, {"vae": tree["ema"]["vae"], "stats": sharding.replicate(stats, where[1]) if where else stats}
-
-
-def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:
-    """The frozen VAE of a flow, kept as `workdir/vae` from the first start on, so that the run never loses it.
-
-    Whoever calls this holds the workdir. `UserError` where `path` is there and holds another VAE than the one kept.
-    """
-    own = workdir / "vae"
-    if not distributed.agreed(lambda: bool(checkpoint.steps_at(own))):
-        step = checkpoint.newest(path)
-        config, frozen = frozen_vae(step)
-        if jax.process_count() > 1:  # where one process cannot save alone, the files are copied
-            distributed.agreed(lambda: _copy(step, own))
-            return config, frozen
-        stats = [np.asarray(row).tolist() for row in frozen["stats"]]
-        meta = {"config": config.to_dict(), "stats": stats, "copy_of": _identity(step)}
-        checkpoint.Checkpoints(own / checkpoint.SUBDIR).save(0, {"ema": {"vae": frozen["vae"]}}, meta, wait=True)
-        return config, frozen
-    step = checkpoint.newest(own)
-    config, frozen = frozen_vae(step)
-    known = (_identity(step), checkpoint.meta(step).get("copy_of"))
-    if distributed.agreed(lambda: any(_identity(named) not in known for named in checkpoint.steps_at(path)[:1])):
-        if checkpoint.digest(frozen_vae(path)[1]) != checkpoint.digest(frozen):
-            raise UserError(
-                f"config.vae={path} is another VAE than {own}, with which {workdir} is trained: go on with "
-                f"--config.vae={own}, or start in another workdir"
-            )
-    return config, frozen
-
-
-def _identity(step: Path) -> str:
-    """sha256 of a step's manifest, which holds that of every file."""
-    manifest = step / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
-
-
-def _copy(step: Path, own: Path) -> None:
-    """Copies a step as the only one of `own`, which is there whole or not at all."""
-    part = own.with_name(own.name + ".unfinished")
-    with writing(own):
-        for left in (part, own):
-            shutil.rmtree(left, ignore_errors=True)
-        shutil.copytree(step, part / checkpoint.SUBDIR / step.name)
-        for entry in part.rglob("*"):
-            fsync(entry)
-        part.rename(own)
-        fsync(own.parent)
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -362,7 +286,7 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
     So a checkpoint describes itself also after the table has changed.
     """
 
-    def fill(value: Any) -> Any:
+    def fill(value: object) -> object:
         if isinstance(value, Mapping):
             return {key: fill(inner) for key, inner in value.items()}
         if isinstance(value, str):
@@ -380,7 +304,7 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
     return ConfigDict(plain)
 
 
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+def _defaults(function: Callable[..., object]) -> Json:
     """What a section that leaves a key out has in its place: a default is a default for every reader."""
     known = inspect.signature(function).parameters.items()
     return {name: p.default for name, p in known if p.default is not inspect.Parameter.empty}
@@ -396,21 +320,23 @@ def difference(config: ConfigDict, defaults: ConfigDict) -> list[str]:
     ]
 
 
-def _sections(config: ConfigDict) -> str:
+def sections(config: ConfigDict) -> str:
     """The objective's kind, after the sections were compared with those it needs."""
     kind = config.get("objective", {}).get("kind")
     if kind not in SECTIONS:
         raise UserError(f"config.objective.kind={kind!r} is unknown: use one of {', '.join(SECTIONS)}")
+    known, optional = SECTIONS[kind], {"evaluate"} if kind == "finetune" else set()
+    if kind == "flow" and config.get("text", {}).get("kind", "learned") != "learned":
+        known = known - {"tokenizer"}  # frozen encoders have their own
     for key in config:
-        if key not in SECTIONS[kind]:
-            raise UserError(f"config.{key} is unknown: known sections are {', '.join(sorted(SECTIONS[kind]))}")
-    missing = sorted(SECTIONS[kind] - set(config))
-    if missing:
+        if key not in known:
+            raise UserError(f"config.{key} is unknown: known sections are {', '.join(sorted(known))}")
+    if missing := sorted(known - optional - set(config)):
         raise UserError(f"the config lacks {', '.join(missing)}: a {kind} config needs these sections")
     return kind
 
 
-def _check_type(where: str, value: Any, annotation: Any) -> None:
+def _check_type(where: str, value: object, annotation: object) -> None:
     if value is None and isinstance(annotation, type | types.UnionType):
         if annotation is not type(None) and type(None) not in typing.get_args(annotation):
             raise UserError(f"{where}=None must be of type {getattr(annotation, '__name__', annotation)}")
@@ -421,7 +347,7 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
         raise UserError(f"{where}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Config, prefix: str = "") -> Json:
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

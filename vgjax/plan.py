@@ -14,9 +14,8 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,30 +33,30 @@ from vgjax.planner import flops, hlo, topology
 from vgjax.planner.report import GIB, STATE, Row, table, write
 from vgjax.planner.topology import Topology
 from vgjax.training import program, state, step
-from vgjax.typing import PyTree
+from vgjax.typing import Array, Config, Json, Key, PyTree
 
 USAGE = "usage: python -m vgjax.plan --config configs/mmdit.py:13b --topology v5p:4x4x4 [--layouts all] [--out DIR]"
 # A quickly compiled program wants some percent more or less memory than the one that runs: one that wants between these
 # parts of what a device has is compiled once more as for a run.
 CLOSE = (0.95, 1.1)
-Where = tuple[layouts.Layout, Mesh] | None
+Where = layouts.Placement | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A program that is traced and lowered when it is asked for, what it keeps on the devices, and its tokens."""
 
-    trace: Callable[[], Any]
+    trace: Callable[[], jax.stages.Traced]
     state: state.TrainState | None
     params: PyTree
     tokens: int
 
     @functools.cached_property
-    def traced(self) -> Any:
+    def traced(self) -> jax.stages.Traced:
         return self.trace()
 
     @functools.cached_property
-    def lowered(self) -> Any:
+    def lowered(self) -> jax.stages.Lowered:
         return self.traced.lower()
 
     @functools.cached_property
@@ -139,17 +138,17 @@ def plan(config: ConfigDict, kind: str, where: Topology, args: argparse.Namespac
     return at(low or 1)
 
 
-def changed(config: ConfigDict, section: str, **values: Any) -> ConfigDict:
+def changed(config: ConfigDict, section: str, **values: object) -> ConfigDict:
     """A copy with other values in a section."""
     plain = config.to_dict()
     return ConfigDict({**plain, section: {**plain[section], **values}})
 
 
-def mesh_of(config: ConfigDict, kind: str, where: Topology) -> tuple[layouts.Layout, Mesh]:
+def mesh_of(config: ConfigDict, kind: str, where: Topology) -> layouts.Placement:
     """The layout and its mesh; axes that the config asks for are those of the config's own layout."""
     layout = layouts.named(kind)
     asked = {axis: config.layout.get(axis, 0) for axis in layouts.AXES} if kind == config.layout.kind else {}
-    return layout, layout.mesh(where.devices, **asked)
+    return layouts.Placement(layout, layout.mesh(where.devices, **asked))
 
 
 def unit_of(config: ConfigDict, layout: layouts.Layout, mesh: Mesh) -> int:
@@ -171,7 +170,7 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     row = dataclasses.replace(row, model_flops=model_flops(built, args.job))
     with sharding.use(layout, mesh):
         try:
-            job = (train_job if args.job == "train" else sample_job)(built, (layout, mesh))
+            job = (train_job if args.job == "train" else sample_job)(built, layouts.Placement(layout, mesh))
         except UserError as refused:  # a leaf that this layout cannot split
             return dataclasses.replace(row, reason=str(refused))
         row = dataclasses.replace(row, **memory_of_state(job))
@@ -185,7 +184,7 @@ def compiled(config: ConfigDict, kind: str, where: Topology, args: argparse.Name
     return dataclasses.replace(done, compile_seconds=time.perf_counter() - start)
 
 
-def attempt(row: Row, job: Job, options: Mapping[str, Any], mesh: Mesh, where: Topology) -> Row:
+def attempt(row: Row, job: Job, options: Config, mesh: Mesh, where: Topology) -> Row:
     """The row of the program compiled with these options, or with what the compiler says against it."""
     try:
         done = job.lowered.compile(dict(options))
@@ -201,14 +200,14 @@ def model_flops(built: experiment.Experiment, job: str) -> float:
     return forward if job == "sample" else flops.training(forward, built.objective.adapted)
 
 
-def training(built: experiment.Experiment) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
+def training(built: experiment.Experiment) -> tuple[Callable[..., PyTree], tuple[PyTree, ...]]:
     """(loss, abstract inputs) of one step on latents."""
     objective = built.objective
     example = jax.eval_shape(objective.prepare, frozen_of(built), abstract_batch(built, built.config.train.batch))
     boxed = jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch)["velocity"], example)
     params = sharding.unboxed(boxed)
 
-    def loss(own: PyTree, batch: PyTree, key: Any) -> Any:
+    def loss(own: PyTree, batch: PyTree, key: Key) -> Array:
         return objective.loss("velocity", own, batch, key)[0]
 
     return loss, ({**frozen_of(built), "velocity": params}, example, jax.eval_shape(lambda: jax.random.key(0)))
@@ -222,30 +221,30 @@ def train_job(built: experiment.Experiment, where: Where) -> Job:
     players, accumulate = experiment.players(config.optim, config.train.steps, objective.players)
     abstract, _ = state.builder(objective, players, config.seed, example, *where)
     frozen = frozen_of(built, where)
-    count, m = example["mask"].shape
-    tokens = count * (objective.model.tokens(example["x"].shape[1:4]) + m)
+    count, text = example["x"].shape[0], example["context"].tokens
+    tokens = count * (objective.model.tokens(example["x"].shape[1:4]) + text)
     kept = {**abstract.params, "base": frozen.get("base", {})}
     made = step.make(objective, players, abstract, accumulate)
     return Job(functools.partial(made.trace, abstract, frozen, batch), abstract, kept, tokens)
 
 
-def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
+def sampling(built: experiment.Experiment, where: Where = None) -> tuple[Callable[..., PyTree], tuple[PyTree, ...]]:
     """(integration of a batch, abstract inputs): all steps, guidance included, without the decoder."""
     config, objective, use = built.config, built.objective, trained.settings_of(built.config)
     scale, count = use.cfg[0], config.train.batch  # of two experts the first
-    texts = abstract_batch(built, count * (2 if scale != 1.0 else 1), where)
+    context = abstract_batch(built, count * (2 if scale != 1.0 else 1), where)["context"]
     params = sharding.abstract(trained.wanted(built), where) | base_of(built, where)
     x = abstract_batch(built, count, where)["latent"]
     times = jax.ShapeDtypeStruct((use.steps + 1,), jnp.float32)
     keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
     integrated = functools.partial(follow, trained.Bound(objective), use, scale)
-    return integrated, (params, (texts["text"], texts["mask"]), (), x, keys, None, times, None)
+    return integrated, (params, context, x, keys, None, times, None)
 
 
 def sample_job(built: experiment.Experiment, where: Where) -> Job:
     """The sampler of `vgjax.sample`."""
     integrated, inputs = sampling(built, where)
-    count, *grid, _ = inputs[3].shape
+    count, *grid, _ = inputs[2].shape
     trace = functools.partial(follow.trace, *integrated.args, *inputs)
     return Job(trace, None, inputs[0], count * built.objective.tokens(tuple(grid)))
 
@@ -261,11 +260,12 @@ def frozen_of(built: experiment.Experiment, where: Where = None) -> PyTree:
     return {"stats": LatentStats(stats, stats)} | base_of(built, where)
 
 
-def abstract_batch(built: experiment.Experiment, count: int, where: Where = None) -> dict[str, Any]:
+def abstract_batch(built: experiment.Experiment, count: int, where: Where = None) -> Json:
     """A batch of latents and tokens as the loader would place it."""
     data = built.config.data
     latent = jax.ShapeDtypeStruct((count, *built.vae.latent_shape(data.frames, *data.size)), jnp.float32)
-    batch = built.texts(count) | {"latent": latent, "index": jax.ShapeDtypeStruct((count,), jnp.uint32)}
+    batch = {"latent": latent, "index": jax.ShapeDtypeStruct((count,), jnp.uint32)}
+    batch["context"] = built.conditioner.abstract(count)
 
     def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if not where:
@@ -289,7 +289,7 @@ def memory_of_state(job: Job) -> dict[str, float]:
     return {"params": bytes_of(job.params), "optimizer": bytes_of((job.state.opt, job.state.ema))}
 
 
-def refusal(error: Exception, row: Row) -> dict[str, Any]:
+def refusal(error: Exception, row: Row) -> Json:
     """What the compiler says against a program: too large, or its first line."""
     text = str(error)
     number = r"([\d.]+)([KMGT]?)"
@@ -304,7 +304,7 @@ def refusal(error: Exception, row: Row) -> dict[str, Any]:
     return {"needed": needed, "available": available, "activations": activations, "reason": "too large"}
 
 
-def measured(row: Row, done: Any, job: Job, mesh: Mesh, where: Topology) -> Row:
+def measured(row: Row, done: jax.stages.Compiled, job: Job, mesh: Mesh, where: Topology) -> Row:
     """The row of a program that compiled."""
     memory, text = done.memory_analysis(), hlo.parse(done.as_text())
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -13,7 +13,6 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from vgjax.flow.steppers import STEPPERS
 from vgjax.parallel import distributed, layouts
 from vgjax.pipeline.opening import load
 from vgjax.training import checkpoint, program
+from vgjax.typing import Json
 
 NUMBERED = re.compile(r"(?:contact_sheet_|sample_|frames_)?(\d{3,})\.(?:mp4|png|json|npz)")  # what `save` writes
 OPTIONS = "steps cfg shift rescale interval guidance stepper batch tile frames".split()  # fields of `Settings`
@@ -98,7 +98,9 @@ def main(argv: list[str]) -> None:
     use = pipeline.defaults(**given)
     pipeline.codec.latent_shape(use.frames, use.size)
     video.check_codec(args.codec, out, use.size, use.fps)
-    pipeline.conditioner.told_of_cut([*dict.fromkeys(prompts), *([args.negative] if args.negative else [])])
+    texts = [*dict.fromkeys(prompts), *([args.negative] if args.negative else [])]
+    for sentence in pipeline.prompts.conditioner.cut(texts):
+        distributed.note(sentence)
     distributed.say(f"{pipeline.name}: {json.dumps(dataclasses.asdict(use))}")
     if pipeline.where:
         distributed.say(distributed.preflight(vars(args), checkpoint.versions(), pipeline.where[1]))
@@ -120,7 +122,7 @@ def numbered(out: Path) -> tuple[int, str]:
 
 
 def save(
-    out: Path, videos: np.ndarray, prompts: list[str], fps: float, args: argparse.Namespace, settings: dict[str, Any]
+    out: Path, videos: np.ndarray, prompts: list[str], fps: float, args: argparse.Namespace, settings: Json
 ) -> None:
     """The mp4s, a contact sheet, and in sample.json what would make them again; or the frames, if that fails."""
     first, after = numbered(out)

@@ -11,28 +11,33 @@ import functools
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vgjax import encode, evaluate, experiment
 from vgjax.data import pipeline
 from vgjax.data.embeddings import Embeddings
-from vgjax.data.sources import Latents, summary
+from vgjax.data.sources import Latents, Source, summary
 from vgjax.data.storage import alone, writing
 from vgjax.data.transforms import BadFiles
 from vgjax.errors import Diverged, Preempted, UserError, door
+from vgjax.open import tune
+from vgjax.open.families import family_of
 from vgjax.open.store import Store
-from vgjax.open.texts import identity
+from vgjax.open.texts import Remembered, identity
 from vgjax.parallel import distributed, layouts, sharding
+from vgjax.parallel.layouts import Placement
+from vgjax.pipeline import opening
+from vgjax.pipeline.frozen import prepared
 from vgjax.pipeline.trained import settings_of
 from vgjax.planner import flops
 from vgjax.training import checkpoint, program, state, step
 from vgjax.training.log import Log
-from vgjax.typing import PyTree
+from vgjax.typing import Json, PyTree
 
 LOADED = ("drop_caption", "frames", "size", "fps", "workers", "threads", "timeout_s", "max_bad")
 USAGE = "usage: python -m vgjax.train --config configs/quickstart.py:vae --workdir DIR [--config.key=value ...]"
@@ -102,19 +107,19 @@ def main(argv: list[str]) -> None:
     )
     config = experiment.resolve(config, workdir)
     plan = experiment.call("config.train", Schedule, config.train)
-    layout, mesh = experiment.call("config.layout", layouts.find, config.layout)
-    ready = distributed.preflight(config.to_dict(), checkpoint.versions(), mesh)
+    where = experiment.call("config.layout", layouts.find, config.layout)
+    ready = distributed.preflight(config.to_dict(), checkpoint.versions(), where.mesh)
     with contextlib.ExitStack() as held, distributed.peers():
         distributed.agreed(lambda: held.enter_context(alone(workdir)))
-        config, of_vae, frozen = experiment.prepared(config, workdir)
+        config, of_vae, frozen = prepared(config, workdir)
         built = experiment.build(config, of_vae)
         distributed.say(ready)
-        held.enter_context(sharding.use(layout, mesh))
+        held.enter_context(sharding.use(*where))
         check(built, plan)
         if jax.process_index() == 0:
             with writing(workdir):
                 (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-        run(built, plan, frozen, workdir, layout, mesh)
+        run(built, plan, frozen, workdir, where)
 
 
 def check(built: experiment.Experiment, plan: Schedule) -> None:
@@ -122,15 +127,11 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
     config, data = built.config, experiment.data_of(built.config)
     objective = built.objective
     _, accumulate = experiment.players(config.optim, plan.steps, objective.players)
-    if not objective.begins_published:
-        experiment.call("config.evaluate", evaluate.Plan, config.evaluate)
-    elif plan.image_every or plan.evaluate_every:
-        raise UserError(
-            "config.train.image_every and evaluate_every must be 0: a finetuning keeps no encoders on the devices, so "
-            "it shows nothing of itself; `python -m vgjax.sample --checkpoint WORKDIR` does"
-        )
+    evaluate.plan_of(config)
     shape = built.vae.latent_shape(data.frames, *data.size)
-    if objective.of_latents:
+    if objective.begins_published:
+        family_of(Store(Path(config.weights))).settings(Store(Path(config.weights)), **tune.sampled(config.to_dict()))
+    elif objective.of_latents:
         settings_of(config)
     objective.tokens(shape[:3])
     # Every micro-batch lies on all devices of the batch: on fewer, each would compute all of its rows.
@@ -145,10 +146,10 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
         )
 
 
-def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, layout: Any, mesh: Any) -> None:
-    config, objective = built.config, built.objective
+def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, where: Placement) -> None:
+    config, objective, (layout, mesh) = built.config, built.objective, where
     frozen, stop = frozen | objective.frozen(), distributed.Stop()
-    source, how = open_data(built, plan, frozen, workdir, (layout, mesh))
+    source, how, encoders = open_data(built, plan, frozen, workdir, where)
     rows = sharding.rows(plan.batch, layout, mesh)
 
     # 1. The state: abstract from the shapes of a batch, then restored, or born with its shardings.
@@ -156,19 +157,18 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
     players, accumulate = experiment.players(config.optim, plan.steps, objective.players)
     abstract, init = state.builder(objective, players, config.seed, example, layout, mesh)
     checkpoints = checkpoint.Checkpoints(workdir / checkpoint.SUBDIR, plan.keep_last, plan.keep_every or None)
-    fresh = checkpoints.latest() is None
-    given, base = published(built, fresh, workdir, (layout, mesh))
-    now, samples = (init(given), 0) if fresh else restored(checkpoints, abstract, config)
-    frozen, given = sharding.replicate(frozen, mesh) | base, None
+    now, samples, base = begun(built, checkpoints, abstract, init, where)
+    frozen = sharding.replicate(frozen, mesh) | base
     advance = step.make(objective, players, abstract, accumulate)
-    start = int(now.step)
 
     # 2. What to show while it runs.
+    start = int(now.step)
     log = Log(workdir, plan.steps, start, plan.log_every, **work(built, plan, example, abstract, frozen))
     count = state.parameter_count(abstract.params)
     log.event(start, "start", f"{count:,} parameters on {mesh.size} {jax.devices()[0].device_kind}")
-    watch = Watch(plan.max_dropped, log)
-    show = evaluate.Show(built, frozen, functools.partial(first, source, how, rows, (layout, mesh)), log)
+    opened = functools.partial(opening.of_training, built, frozen, where, encoders)
+    show = evaluate.Show(built, opened, functools.partial(first, source, how, rows, where), log)
+    watch, dog = Watch(plan.max_dropped, log), distributed.Watchdog(plan.watchdog)
 
     def save(wait: bool) -> None:
         position = {"seed": config.seed, "step": number, "samples": samples + (number - start) * plan.batch}
@@ -176,7 +176,6 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
         checkpoints.save(number, now, meta, wait=wait)
 
     # 3. The steps. The data's position is a count of samples, so nothing of the loader needs saving.
-    dog = distributed.Watchdog(plan.watchdog)
     own = pipeline.batches(source, **how, start_step=samples // plan.batch, rows=rows)
     bad = BadFiles(how["bad_files"], settings=own.bad.settings)
     with log, contextlib.closing(own) as batches, checkpoints:
@@ -206,8 +205,22 @@ def run(built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: P
         distributed.say(f"done: step {int(now.step)}, state digest {checkpoint.digest(now)}")
 
 
+def begun(
+    built: experiment.Experiment,
+    checkpoints: checkpoint.Checkpoints,
+    abstract: PyTree,
+    init: Callable[[PyTree | None], state.TrainState],
+    where: Placement,
+) -> tuple[state.TrainState, int, dict[str, PyTree]]:
+    """(newest good state, or a fresh one; samples drawn before it; parameters that stay frozen)."""
+    fresh = checkpoints.latest() is None
+    given, base = published(built, fresh, checkpoints.directory.parent, where)
+    now, samples = (init(given), 0) if fresh else restored(checkpoints, abstract, built.config)
+    return now, samples, base
+
+
 def published(
-    built: experiment.Experiment, fresh: bool, workdir: Path, where: tuple[Any, Any]
+    built: experiment.Experiment, fresh: bool, workdir: Path, where: Placement
 ) -> tuple[PyTree | None, dict[str, PyTree]]:
     """Of open weights: (parameters that a fresh run begins with, None for random ones; those that stay frozen)."""
     objective, config = built.objective, built.config
@@ -227,7 +240,7 @@ def published(
     return (None, {"base": params}) if objective.adapted else ({"velocity": params}, {})
 
 
-def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any) -> tuple[state.TrainState, int]:
+def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: ConfigDict) -> tuple[state.TrainState, int]:
     """(newest good state, samples drawn before it), refused where the data would not go on where it stopped."""
     now, meta, number = checkpoints.restore(abstract)
     before = meta["data"]["seed"]
@@ -246,9 +259,12 @@ def restored(checkpoints: checkpoint.Checkpoints, abstract: PyTree, config: Any)
 
 
 def open_data(
-    built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, where: tuple[Any, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """(source, how to draw batches from it). A flow reads latents, encoded once, unless `config.latents` is empty."""
+    built: experiment.Experiment, plan: Schedule, frozen: PyTree, workdir: Path, where: Placement
+) -> tuple[Source, Json, Remembered | None]:
+    """(source, how to draw batches from it, frozen encoders that remember what will be shown).
+
+    A flow reads latents, encoded once, unless `config.latents` is empty.
+    """
     config, data = built.config, experiment.data_of(built.config)
     source = experiment.source(config)
     distributed.say(summary(source))
@@ -256,26 +272,36 @@ def open_data(
     how = {
         "seed": config.seed,
         "batch": plan.batch,
-        "tokenizer": built.tokenizer,
+        "conditioner": built.conditioner,
         "bad_files": bad,
         **{name: getattr(data, name) for name in LOADED},
     }
-    tuned = built.objective.begins_published
-    if tuned or (built.objective.of_latents and config.latents):
+    encoders = built.conditioner.placed(where) if built.conditioner and built.conditioner.frozen else None
+    if built.conditioner:
+        encode.say_cut(built.conditioner, source)
+    if built.objective.of_latents and (config.latents or encoders):
+        if not config.latents:
+            raise UserError(
+                "config.latents is empty: latents and what frozen encoders make of the captions are encoded once, into "
+                "this folder: give one, as '{workdir}/../latents'"
+            )
         if jax.process_count() > 1 and not Path(config.latents).exists():
             raise UserError(
                 f"config.latents={config.latents} does not exist: a job of several processes reads latents that "
                 "`python -m vgjax.encode` wrote before"
             )
-        by = encode.published(Path(config.weights), where)[0] if tuned else encode.Trained(built.vae, frozen, where)
+        by = encode.By(opening.codec_of(built, frozen, where), encoders)
         encode.ensure(source, config.data, by, Path(config.latents), bad)
         source, how["workers"] = Latents(Path(config.latents)), 0
-    if tuned:
-        how["tokenizer"] = Embeddings(Path(config.latents))
-    return source, how
+    if encoders is None:
+        return source, how, None
+    how["conditioner"], remembered = Embeddings(Path(config.latents)), Remembered(encoders)
+    if plan.image_every or plan.evaluate_every:  # now: later the devices are full
+        remembered(evaluate.shown(config, evaluate.plan_of(config)))
+    return source, how, remembered
 
 
-def abstract_batch(built: experiment.Experiment, source: Any, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(built: experiment.Experiment, source: Source, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `count` rows as the loader would give it: nothing is read for its shapes."""
     data = built.config.data
     shape, dtype = (data.frames, *data.size, 3), np.uint8
@@ -284,14 +310,12 @@ def abstract_batch(built: experiment.Experiment, source: Any, count: int) -> dic
     numbers = {"index": np.uint32, "id": np.int32}
     return {
         source.kind: jax.ShapeDtypeStruct((count, *shape), dtype),
-        **built.texts(count),
+        **({"context": built.conditioner.abstract(count)} if built.conditioner else {}),
         **{name: jax.ShapeDtypeStruct((count,), of) for name, of in numbers.items()},
     }
 
 
-def first(
-    source: Any, how: dict[str, Any], rows: tuple[int, int], where: tuple[Any, Any], count: int = 4
-) -> Iterator[PyTree]:
+def first(source: Source, how: Json, rows: tuple[int, int], where: Placement, count: int = 4) -> Iterator[PyTree]:
     """The run's first batches, placed; of each this process reads its own rows alone."""
     with contextlib.closing(pipeline.batches(source, **how, rows=rows)) as batches:
         for raw in itertools.islice(batches, count):
@@ -300,7 +324,7 @@ def first(
 
 def work(
     built: experiment.Experiment, plan: Schedule, example: PyTree, abstract: state.TrainState, frozen: PyTree
-) -> dict[str, Any]:
+) -> Json:
     """What one step does, for the rates of the log; FLOPs are those that what is trained needs."""
     data, objective = built.config.data, built.objective
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract.params)
@@ -314,7 +338,7 @@ def work(
         )
     tokens = 0
     if objective.of_latents:
-        tokens = plan.batch * (objective.tokens(example["x"].shape[1:4]) + example["mask"].shape[1])
+        tokens = plan.batch * (objective.tokens(example["x"].shape[1:4]) + example["context"].tokens)
     devices = jax.devices()[: built.config.layout.get("devices", 0) or None]
     dtype = experiment.compute_dtype(built.config.precision)
     peaks = [flops.peak(device.device_kind, dtype) for device in devices]

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,12 +19,21 @@ from vgjax.data import transforms
 from vgjax.data.decode import Unreadable
 from vgjax.data.pipeline import _pids, batches, examples
 from vgjax.data.sources import Bad, Folder, Latents, LatentWriter
-from vgjax.data.text import Bytes
+from vgjax.data.text import Bytes, Learned
 from vgjax.data.transforms import BadFiles
 from vgjax.data.video import write_mp4
 from vgjax.errors import LoaderError, UserError
+from vgjax.typing import Context, Tokens
 
-OPTIONS = {"seed": 3, "batch": 4, "tokenizer": Bytes(8), "drop_caption": 0.25, "frames": 3, "size": (16, 16), "fps": 8}
+OPTIONS = {
+    "seed": 3,
+    "batch": 4,
+    "conditioner": Learned(Bytes(8)),
+    "drop_caption": 0.25,
+    "frames": 3,
+    "size": (16, 16),
+    "fps": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +66,7 @@ def worker_pids(stream, count):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
-    )
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
 
 
 class Scripted:
@@ -91,10 +99,9 @@ class Scripted:
 
 def test_a_batch_has_the_promised_keys_shapes_and_types(folder):
     (batch,) = take(batches(Folder(folder), **OPTIONS), 1)
-    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+    assert jax.tree.map(lambda v: (v.shape, v.dtype.name), batch) == {
         "video": ((4, 3, 16, 16, 3), "uint8"),
-        "text": ((4, 8, 1), "int32"),
-        "mask": ((4, 8), "bool"),
+        "context": Context({"text": Tokens(((4, 8, 1), "int32"), ((4, 8), "bool"))}),
         "index": ((4,), "uint32"),
         "id": ((4,), "int32"),
     }
@@ -115,12 +122,10 @@ def test_batches_depend_on_seed_and_step_alone_not_on_workers_or_resuming(folder
 def test_rows_of_several_processes_and_batches_of_one_are_the_samples_of_the_whole(folder, count):
     whole = take(batches(Folder(folder), **OPTIONS, start_step=2), 3)
     parts = [take(batches(Folder(folder), **OPTIONS, start_step=2, rows=(i, i + count)), 3) for i in range(0, 4, count)]
-    joined = [
-        {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)
-    ]
+    joined = [jax.tree.map(lambda *rows: np.concatenate(rows), *step) for step in zip(*parts, strict=True)]
     assert same(joined, whole)
     ones = take(batches(Folder(folder), **OPTIONS | {"batch": 1}, start_step=8), 12)
-    assert same(ones, [{name: rows[i : i + 1] for name, rows in batch.items()} for batch in whole for i in range(4)])
+    assert same(ones, [jax.tree.map(lambda rows, i=i: rows[i : i + 1], batch) for batch in whole for i in range(4)])
 
 
 def test_every_epoch_shows_every_record_once_in_another_order_with_other_windows_and_crops(folder):
@@ -136,12 +141,18 @@ def test_every_epoch_shows_every_record_once_in_another_order_with_other_windows
     assert len(places) > 10, "windows or crops never change"
 
 
+def words(batch):
+    return batch["context"].text["text"].mask.sum(1)
+
+
 def test_captions_are_dropped_as_often_as_asked():
-    texts = [batch["mask"].sum(1) for batch in take(batches(Scripted(), **OPTIONS | {"batch": 100}), 20)]
+    texts = [
+        batch["context"].text["text"].mask.sum(1) for batch in take(batches(Scripted(), **OPTIONS | {"batch": 100}), 20)
+    ]
     assert 0.21 < np.mean(np.concatenate(texts) == 1) < 0.29
     for share, dropped in ((0.0, False), (1.0, True)):
         (batch,) = take(batches(Scripted(), **OPTIONS | {"drop_caption": share}), 1)
-        assert ((batch["mask"].sum(1) == 1) == dropped).all()
+        assert ((words(batch) == 1) == dropped).all()
 
 
 def test_latents_go_through_the_same_stream(tmp_path):
@@ -149,10 +160,12 @@ def test_latents_go_through_the_same_stream(tmp_path):
     with LatentWriter(tmp_path / "set", {}) as writer:
         for i, latent in enumerate(latents):
             writer.add(latent, str(i), i)
-    taken = take(batches(Latents(tmp_path / "set"), seed=0, batch=3, tokenizer=Bytes(4), drop_caption=0.0), 2)
+    taken = take(
+        batches(Latents(tmp_path / "set"), seed=0, batch=3, conditioner=Learned(Bytes(4)), drop_caption=0.0), 2
+    )
     for batch in taken:
         assert np.array_equal(batch["latent"], latents[batch["id"]])
-        assert np.array_equal(batch["text"][:, 1, 0], batch["id"] + 2 + ord("0"))
+        assert np.array_equal(batch["context"].text["text"].c[:, 1, 0], batch["id"] + 2 + ord("0"))
 
 
 def test_bad_records_are_replaced_the_same_way_each_time_and_listed_once(tmp_path):
@@ -325,11 +338,11 @@ def test_a_program_whose_loader_is_stuck_ends_by_itself(tmp_path, workers, last)
     (tmp_path / "program.py").write_text(
         "import os, signal, sys\n"
         "from vgjax.data.pipeline import _pids, batches\n"
-        "from vgjax.data.text import Bytes\n"
+        "from vgjax.data.text import Bytes, Learned\n"
         "from test_pipeline import Scripted\n"
         "if __name__ == '__main__':\n"
         "    source = Scripted(10, bad=(0,), act='sleep')\n"
-        "    options = {'seed': 0, 'batch': 2, 'tokenizer': Bytes(4), 'drop_caption': 0}\n"
+        "    options = {'seed': 0, 'batch': 2, 'conditioner': Learned(Bytes(4)), 'drop_caption': 0}\n"
         f"    stream = batches(source, **options, workers={workers}, threads=2)\n"
         "    next(stream)\n"
         f"    {last}\n"

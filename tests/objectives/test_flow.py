@@ -13,6 +13,7 @@ from vgjax.models.text import TextEncoder
 from vgjax.nn.codec import LatentStats
 from vgjax.objectives.flow import FlowObjective
 from vgjax.parallel import sharding
+from vgjax.typing import Context, Tokens
 
 VAE = CausalVAE(width=4, multipliers=(1, 2), blocks=1, time=(2,), space=(2,), patch=2, latent_channels=4)
 MODEL = MMDiT(
@@ -28,11 +29,12 @@ def batch_of(rows) -> dict:
     rng = np.random.default_rng(0)
     whole = {
         "latent": rng.normal(size=(8, 2, 4, 4, 4)).astype(np.float32) * 3 + 1,
-        "text": rng.integers(1, 32, (8, 5, 2), dtype=np.int32),
-        "mask": np.arange(5) < rng.integers(1, 6, (8, 1)),
+        "context": Context(
+            {"text": Tokens(rng.integers(1, 32, (8, 5, 2), dtype=np.int32), np.arange(5) < rng.integers(1, 6, (8, 1)))}
+        ),
         "index": np.arange(100, 108, dtype=np.uint32),
     }
-    return {name: jnp.asarray(leaf[np.asarray(rows)]) for name, leaf in whole.items()}
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[np.asarray(rows)]), whole)
 
 
 @pytest.fixture(scope="module")

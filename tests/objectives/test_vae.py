@@ -8,7 +8,8 @@ import pytest
 from vgjax.errors import UserError
 from vgjax.losses.term import terms
 from vgjax.models.causal_vae import CausalVAE
-from vgjax.objectives.vae import VAEObjective, from_uint8
+from vgjax.nn.codec import from_uint8
+from vgjax.objectives.vae import VAEObjective
 from vgjax.parallel.sharding import Named, named, unboxed
 
 MODEL = CausalVAE(width=4, multipliers=(1,), blocks=0, time=(), space=(), patch=4, patch_frames=2, latent_channels=3)

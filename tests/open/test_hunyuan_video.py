@@ -54,11 +54,12 @@ def test_prompts_become_the_published_embeddings(pair, texts):
     pipe, _ = pair
     with torch.no_grad():
         c, vec, mask = pipe.encode_prompt(PROMPTS)
-    (ours, ours_mask, ours_vec), negative, _ = texts
+    context, negative = texts
+    ours, ours_mask = context.text["text"]
     assert negative is None and 8 < mask.sum(dim=1).min() < 256
     np.testing.assert_array_equal(ours_mask, mask.bool())
     parity.near(np.asarray(ours)[np.asarray(ours_mask)], c[mask.bool()], 1e-4, 1e-4)
-    parity.near(ours_vec, vec, 1e-4, 1e-4)
+    parity.near(context.vec, vec, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -83,7 +84,7 @@ def test_every_layout_samples_the_latents_of_one_device(pair, settings, texts, n
 
 def test_models_are_gone_when_they_have_done_their_part(pair, settings):
     store = pair[1].source
-    hunyuan_video.texts(store, PROMPTS[:1])
+    hunyuan_video.conditioner(store)(PROMPTS[:1], keep=False)
     before = {id(leaf) for leaf in jax.live_arrays()}
     with store.model("transformer") as (_, params, _):
         assert len(jax.live_arrays()) > len(before)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, program
 from safetensors.numpy import load_file
 
-from vgjax import convert, experiment
+from vgjax import convert, evaluate, experiment
 from vgjax.data import storage, video
 from vgjax.data.decode import read_clip
 from vgjax.data.embeddings import Embeddings
@@ -25,6 +25,7 @@ from vgjax.open.families import family_of
 from vgjax.open.store import Store, abstract, of_model
 from vgjax.parallel import layouts, sharding
 from vgjax.pipeline import trained
+from vgjax.pipeline.frozen import prepared
 from vgjax.pipeline.published import pipeline
 from vgjax.training import checkpoint
 
@@ -67,7 +68,8 @@ def train(home, name, steps, *flags, family="wan", **environment):
 
 @pytest.fixture(scope="module")
 def adapted(home):
-    return train(home, "lora", 12, "--config.lora.rank=4")
+    shows = "--config.train.image_every=12", "--config.train.evaluate_every=12", "--config.sample.steps=2"
+    return train(home, "lora", 12, "--config.lora.rank=4", *shows)
 
 
 def falls(losses):
@@ -144,14 +146,38 @@ def test_captions_are_encoded_as_the_sampler_encodes_prompts(home, adapted):
     store = Store(home / "wan" / "converted")
     family = family_of(store)
     kept = Embeddings(home / "wan" / "latents")
-    for caption in (*CAPTIONS, ""):
-        text, mask = kept(caption)
-        c, real, vec = texts.embed(store, family, [caption], keep=False)
-        assert vec is None and "vec" not in text
-        np.testing.assert_array_equal(mask, real[0])
-        np.testing.assert_allclose(text["c"], c[0], atol=1e-5)
+    captions = [*CAPTIONS, ""]
+    found, wanted = kept(captions), family.conditioner(store)(captions, keep=False)
+    assert found.vec is None and wanted.vec is None
+    np.testing.assert_array_equal(found.text["text"].mask, wanted.text["text"].mask)
+    np.testing.assert_allclose(found.text["text"].c, wanted.text["text"].c, atol=1e-5)
     with pytest.raises(UserError, match="'a bird' is not among the encoded ones"):
-        kept("a bird")
+        kept(["a bird"])
+
+
+def measured(*args):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["evaluate", *map(str, args)])
+    return stopped.value.code
+
+
+def test_a_run_shows_itself_and_is_measured_beside_what_it_began_with(home, adapted, capsys):
+    run, table = home / "wan" / "lora", {}
+    assert (run / "images").is_dir() and any((run / "images").iterdir())
+    (line,) = (run / "evaluations.jsonl").read_text().splitlines()
+    shown = json.loads(line)
+    clips = "--data", home / "videos", "--frames", 5, "--size", "32x32", "--fps", 8
+    for name, args in {"tuned": [run], "published": [home / "wan" / "converted", *clips]}.items():
+        out = home / f"{name}.json"
+        assert measured("--checkpoint", *args, "--out", out) == 0
+        table[name] = json.loads(out.read_text())
+    assert table["tuned"]["step"] == 12 and table["published"]["step"] == 0
+    assert np.isclose(shown["loss/loss"], table["tuned"]["loss"]["loss"], rtol=1e-3)
+    assert set(table["tuned"]["loss"]) == {"loss", "loss/t0", "loss/t1", "loss/t2", "loss/t3"}
+    assert measured("--checkpoint", run, "--frames", 9) == USER
+    assert "--frames, --size and --fps have no effect" in capsys.readouterr().err
+    assert measured("--checkpoint", home / "wan" / "converted") == USER
+    assert "give --data, a folder of videos" in capsys.readouterr().err
 
 
 def test_an_expert_learns_at_the_times_it_serves(home):
@@ -254,19 +280,17 @@ def config_of(home, *flags, arg="own"):
 )
 def test_a_folder_that_does_not_fit_the_config_is_refused(home, flags, arg, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        experiment.prepared(config_of(home, *flags, arg=arg), home)
+        prepared(config_of(home, *flags, arg=arg), home)
 
 
 def test_models_of_images_are_refused(home):
     open_models.wan(home / "image" / "published", image=True)
     convert.convert(home / "image" / "published", home / "image" / "converted", None, None)
     with pytest.raises(UserError, match="only text-to-video models can be finetuned"):
-        experiment.prepared(config_of(home, f"--config.weights={home / 'image' / 'converted'}"), home)
+        prepared(config_of(home, f"--config.weights={home / 'image' / 'converted'}"), home)
 
 
 def test_what_a_finetuning_cannot_do_is_said(home, adapted):
-    ran = program("evaluate", "--checkpoint", home / "wan" / "lora")
-    assert ran.returncode == USER and "sample it with vgjax.sample" in ran.stderr
     step = checkpoint.newest(home / "wan" / "lora")
     rewritten(step, home / "moved", str(home / "wan" / "converted"), "/gone")
     with pytest.raises(UserError, match="finetuned from /gone, which is no converted folder"):
@@ -276,6 +300,6 @@ def test_what_a_finetuning_cannot_do_is_said(home, adapted):
     with pytest.raises(AssertionError, match="holds another transformer than the one whose adapters"):
         train(home, "other", 14, "--config.lora.rank=4")
     with pytest.raises(UserError, match="open models say plain velocities"):
-        experiment.build(*experiment.prepared(config_of(home, "--config.objective.precondition=True"), home)[:2])
-    built = experiment.build(*experiment.prepared(config_of(home, "--config.lora.rank=2"), home)[:2])
+        experiment.build(*prepared(config_of(home, "--config.objective.precondition=True"), home)[:2])
+    built = experiment.build(*prepared(config_of(home, "--config.lora.rank=2"), home)[:2])
     assert trained.wanted(built)["velocity"]["blocks"]["block"]["qkv"]["a"].value.shape == (2, 3, 24, 2)

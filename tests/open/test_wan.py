@@ -56,9 +56,9 @@ def test_prompts_become_the_published_embeddings(pairs):
     pipe, sampler = pairs("text")
     with torch.no_grad():
         c, other = pipe.encode_prompt(PROMPTS, "bad, blurry", max_sequence_length=512)
-    ours, negative, _ = sampler.condition(PROMPTS, wan.settings(sampler.source), "bad, blurry")
-    parity.near(ours[0], c, 1e-4, 1e-4)
-    parity.near(negative[0], other, 1e-4, 1e-4)
+    ours, negative = sampler.condition(PROMPTS, wan.settings(sampler.source), "bad, blurry")
+    parity.near(ours.text["text"].c, c, 1e-4, 1e-4)
+    parity.near(negative.text["text"].c, other, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,7 @@ from vgjax.planner import hlo
 from vgjax.training import state, step
 from vgjax.training.optimizers import adamw, schedule
 from vgjax.training.players import alike
+from vgjax.typing import Context, Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BATCH, STEPS, B1 = 8, 3, 0.9
@@ -100,8 +101,14 @@ def batch_of(kind, number):
         return {"video": generator.integers(0, 256, (BATCH, 3, 8, 32, 3)).astype(np.uint8), "index": index}
     return {
         "latent": generator.standard_normal((BATCH, 2, 8, 8, 4)).astype(np.float32),
-        "text": generator.integers(1, 64, (BATCH, 7, 1)).astype(np.int32),
-        "mask": np.arange(7) < generator.integers(2, 8, (BATCH, 1)),
+        "context": Context(
+            {
+                "text": Tokens(
+                    generator.integers(1, 64, (BATCH, 7, 1)).astype(np.int32),
+                    np.arange(7) < generator.integers(2, 8, (BATCH, 1)),
+                )
+            }
+        ),
         "index": index,
     }
 

@@ -68,7 +68,7 @@ def test_a_slice_takes_the_train_step_and_the_sampler(job, kind):
     layout = layouts.named(kind)
     mesh = layout.mesh(topology.find(SLICE).devices)
     with sharding.use(layout, mesh):
-        made = (plan.train_job if job == "train" else plan.sample_job)(built, (layout, mesh))
+        made = (plan.train_job if job == "train" else plan.sample_job)(built, layouts.Placement(layout, mesh))
         done = made.lowered.compile()
     text = done.as_text()
     assert "tpu_custom_call" in text and ("all-to-all" if kind == "ulysses" else "all-reduce") in text

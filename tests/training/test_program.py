@@ -1,8 +1,9 @@
 """The command line of a config: what a flag may set, and what it may not."""
 
 import pytest
+from conftest import python
 
-from vgjax.errors import UserError
+from vgjax.errors import USER, UserError
 from vgjax.training import program
 
 TINY = ["train", "--config", "tests/tiny.py:dit"]
@@ -35,3 +36,9 @@ def test_the_layout_has_a_short_form():
 def test_a_key_that_nothing_would_check_is_refused(flag):
     with pytest.raises(UserError, match="is unknown"):
         read(flag)
+
+
+@pytest.mark.parametrize("module", ["encode", "plan"])
+def test_a_program_that_no_other_test_starts_by_itself_imports_all_that_it_uses(module):
+    ran = python(module, "--nonsense")
+    assert ran.returncode == USER and "the following arguments are required" in ran.stderr

@@ -8,7 +8,6 @@ meet and part again without a token that changes its device, and the few text to
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -16,7 +15,7 @@ from einops import rearrange
 from vgjax.attention.full import Full
 from vgjax.attention.segments import Segments, everyone, pad
 from vgjax.parallel import sharding
-from vgjax.typing import Array, Float, Shaped
+from vgjax.typing import Array, Attention, Float, Shaped
 
 TOKENS = ("batch", "tokens", "heads", None)
 WHOLE = ("batch", None, "heads", None)
@@ -30,8 +29,8 @@ class Parallel:
     active there are no other devices, and `alone` serves.
     """
 
-    local: Any
-    alone: Any = Full()
+    local: Attention
+    alone: Attention = Full()
     keys: bool = True
 
     def __call__(

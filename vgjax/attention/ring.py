@@ -9,7 +9,6 @@ So memory does not grow with the number of devices.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +52,7 @@ class Ring:
         onward = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.lax.ppermute(block, self.axis, onward)
 
-    def forms(self, q: Array, k: Array) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def forms(self, q: Array, k: Array) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
         """(attention with its log-sum-exp, its gradients) for one block of keys."""
         if platform() == "tpu" and q.shape[2] * k.shape[2] > full.SHORT:
             return splash.with_lse, splash.gradients

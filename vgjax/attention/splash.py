@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vgjax.attention.segments import Segments, everyone, pad
-from vgjax.typing import Array, Float
+from vgjax.typing import Array, Float, PyTree
 
 # Candidates for a tile, multiples of a TPU's 128 lanes; half a tile of keys is one too.
 QUERIES = (512, 640, 768, 896, 1024)
@@ -72,7 +72,7 @@ def gradients(
     attend, parts, ids = _prepared(q, k, v, segments, interpret)
     o, lse, do = (pad(x, 2, parts[0].shape[2]) for x in (o, lse, do))
 
-    def one(q: Array, k: Array, v: Array, ids: Any, o: Array, lse: Array, do: Array) -> tuple[Array, ...]:
+    def one(q: Array, k: Array, v: Array, ids: PyTree, o: Array, lse: Array, do: Array) -> tuple[Array, ...]:
         saved = (q, k, v, ids, None, o, lse, attend.dq_mask_info, attend.dkv_mask_info)
         return splash_attention_kernel._splash_attention_bwd(**attend.kwargs, res=saved, do=do)[3:6]
 
@@ -90,7 +90,7 @@ def tile(size: int, candidates: tuple[int, ...]) -> int:
 
 def _prepared(
     q: Array, k: Array, v: Array, segments: Segments | None, interpret: bool, save_residuals: bool = False
-) -> tuple[Any, tuple[Array, Array, Array], Any]:
+) -> tuple[PyTree, tuple[Array, Array, Array], PyTree]:
     """(kernel for one sample, its scaled and padded arguments of the batch, the kernel's segment ids or None)."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels  # half a second, for TPUs alone
 

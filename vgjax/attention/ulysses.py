@@ -1,12 +1,11 @@
 """Ulysses (Jacobs et al. 2023, arXiv:2309.14509): trade tokens for heads, attend to all tokens, and trade back."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from vgjax.attention.segments import Segments, pad
-from vgjax.typing import Array, Float
+from vgjax.typing import Array, Attention, Float
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Ulysses:
     so 12 heads on 8 devices cost as much as 16.
     """
 
-    inner: Any
+    inner: Attention
     axis: str
 
     def __call__(

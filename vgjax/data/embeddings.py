@@ -3,41 +3,58 @@
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Bool
 
 from vgjax.errors import UserError
+from vgjax.typing import Context, Tokens
 
 RECORDS, INDEX = "texts.array_record", "texts.json"
-# Of one text: tokens `m e`, which of them are real, a pooled vector `p` or None.
-Text = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+C, MASK = "c.", "mask."  # of a stream of this name
 
 
-def pack(text: Text) -> bytes:
-    """A text as bytes, without the zeros behind its last token."""
-    c, mask, vec = text
-    real = mask.size - int(np.argmax(mask[::-1])) if mask.any() else 0
+def pack(row: Context) -> bytes:
+    """The text of one row (tokens `m e`, `vec` `p`) as bytes, without the zeros behind the last token of a stream."""
+    arrays = {} if row.vec is None else {"vec": row.vec}
+    for name, (c, mask) in row.text.items():
+        real = mask.size - int(np.argmax(mask[::-1])) if mask.any() else 0
+        arrays |= {f"{C}{name}": c[:real], f"{MASK}{name}": mask}
     out = io.BytesIO()
-    np.savez(out, c=c[:real], mask=mask, **({} if vec is None else {"vec": vec}))
+    np.savez(out, **arrays)
     return out.getvalue()
 
 
-def unpack(data: bytes) -> Text | None:
-    """The text, or None where the bytes are no whole one."""
+def unpack(data: bytes) -> Context | None:
+    """What was packed, or None where the bytes are no whole row."""
     try:
         with np.load(io.BytesIO(data)) as kept:
-            c, mask = kept["c"], kept["mask"]
-            return np.pad(c, ((0, mask.size - len(c)), (0, 0))), mask, kept["vec"] if "vec" in kept else None
+            names = [name.removeprefix(C) for name in kept if name.startswith(C)]
+            streams = {name: (kept[f"{C}{name}"], kept[f"{MASK}{name}"]) for name in names}
+            if "c" in kept:  # sets of before there could be several streams
+                streams = {"text": (kept["c"], kept["mask"])}
+            whole = {
+                name: Tokens(np.pad(c, ((0, mask.size - len(c)), (0, 0))), mask) for name, (c, mask) in streams.items()
+            }
+            return Context(whole, kept["vec"] if "vec" in kept else None)
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
         return None
 
 
+def row_of(rows: Context, i: int) -> Context:
+    """One row of several."""
+    return jax.tree.map(lambda leaf: leaf[i], rows)
+
+
+def stacked(rows: Sequence[Context]) -> Context:
+    """Rows side by side."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
 class Embeddings:
-    """A folder's encoded captions, in the place of a tokenizer: caption -> (`{"c", "vec"}`, mask)."""
+    """A folder's encoded captions: captions -> rows of a Context."""
 
     def __init__(self, path: str | Path):
         from grain.sources import ArrayRecordDataSource  # here: grain takes a second to import
@@ -54,13 +71,15 @@ class Embeddings:
         if not whole:
             raise UserError(f"{path}: {INDEX} names {len(self.places)} captions, {RECORDS} has others; encode it again")
 
-    def __call__(self, caption: str) -> tuple[dict[str, np.ndarray], Bool[np.ndarray, " m"]]:
-        """What the encoders made of a caption of the set, or of the empty one."""
-        text = unpack(self.records[self.places[caption]]) if caption in self.places else None
-        if text is None:
+    def __call__(self, captions: Sequence[str]) -> Context:
+        """What the encoders made of captions of the set, or of the empty one."""
+        return stacked([self._row(caption) for caption in captions])
+
+    def _row(self, caption: str) -> Context:
+        row = unpack(self.records[self.places[caption]]) if caption in self.places else None
+        if row is None:
             raise UserError(f"{self.path}: the caption {caption[:80]!r} is not among the encoded ones; encode it again")
-        c, mask, vec = text
-        return {"c": c} if vec is None else {"c": c, "vec": vec}, mask
+        return row
 
 
 class EmbeddingWriter:
@@ -70,12 +89,13 @@ class EmbeddingWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self.folder, self.places = folder, {}
-        self.writer: Any = ArrayRecordWriter(str(folder / RECORDS), "group_size:1,uncompressed")
+        self.writer = ArrayRecordWriter(str(folder / RECORDS), "group_size:1,uncompressed")
 
-    def add(self, caption: str, text: Text) -> None:
-        """Appends one caption that is not there yet."""
-        self.places[caption] = len(self.places)
-        self.writer.write(pack(text))
+    def add(self, captions: Sequence[str], rows: Context) -> None:
+        """Appends captions that are not there yet."""
+        for i, caption in enumerate(captions):
+            self.places[caption] = len(self.places)
+            self.writer.write(pack(row_of(rows, i)))
 
     def close(self) -> None:
         """Ends the set."""

@@ -14,22 +14,22 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
 from vgjax.data.decode import Unreadable
-from vgjax.data.embeddings import Embeddings
 from vgjax.data.sources import Clip, Source, read
-from vgjax.data.text import Bytes, Words
 from vgjax.data.transforms import BadFiles, Load, names
 from vgjax.errors import LoaderError, UserError
+from vgjax.typing import Context, PyTree
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, PyTree]
 ONE_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
 IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 SHARE = 1 / 4  # of the time for a batch that one record may take: a slow file is then replaced, and the batch comes
@@ -41,7 +41,7 @@ def batches(
     *,
     seed: int,
     batch: int,
-    tokenizer: Bytes | Words | Embeddings,
+    conditioner: Callable[[Sequence[str]], Context] | None,
     drop_caption: float | int,
     frames: int = 1,
     size: tuple[int, int] = (1, 1),
@@ -54,7 +54,7 @@ def batches(
     timeout_s: float | int = 300.0,
     rows: tuple[int, int] | None = None,
 ) -> "Batches":
-    """Endless batches from `start_step` on: video uint8 `b t h w c` or latent f32, text, mask, index, id.
+    """Endless batches from `start_step` on: video uint8 `b t h w c` or latent f32, index, id, and the Context.
 
     `rows` (first, end) gives only these rows of every batch, those that a process of several needs.
     `frames`, `size` (height, width) and `fps` are for videos; latents are what they are. With `workers` each batch is
@@ -85,7 +85,7 @@ def batches(
     for file, reason in source.skipped:
         bad.add(file, reason, "skipped")
     bad.check(max_bad)
-    load = Load(source, clip, tokenizer, drop_caption, seed, bad, max_bad)
+    load = Load(source, clip, conditioner, drop_caption, seed, bad, max_bad)
     # Batched before it becomes an iterator: batching after it loses batches under mp_prefetch.
     first, end = rows or (0, batch)
     if not 0 <= first < end <= batch:
@@ -125,7 +125,7 @@ class Batches(Iterator[Batch]):
             if not isinstance(item, Exception):
                 self.step += 1
                 # Copied out of grain's shared memory, which is then freed now and not whenever the batch dies.
-                return {name: np.array(array) for name, array in item.items()} if self.workers else item
+                return jax.tree.map(np.array, item) if self.workers else item
             dead = self._stream.dead() if isinstance(item, RuntimeError) else ""
             if not dead and "terminated unexpectedly" in str(item):  # grain's words
                 dead = "a starting worker"
@@ -189,7 +189,7 @@ class _Stream:
         for pump in pumps:
             pump.start()
 
-    def take(self, step: int, timeout_s: float | int) -> Any:
+    def take(self, step: int, timeout_s: float | int) -> PyTree:
         """The next element, or the exception that ended the stream."""
         deadline = time.monotonic() + timeout_s
         ready = self.ready[(step - self.first) % len(self.ready)]
@@ -222,7 +222,7 @@ class _Stream:
 
 
 def _pump(stream: grain.IterDataset, ready: queue.Queue, stop: threading.Event) -> None:
-    def put(item: Any) -> None:
+    def put(item: PyTree) -> None:
         while not stop.is_set():
             try:
                 return ready.put(item, timeout=0.1)

@@ -32,6 +32,7 @@ from vgjax.data import captions
 from vgjax.data.captions import Grammar, Request, Thing
 from vgjax.data.video import write_mp4
 from vgjax.errors import UserError, door
+from vgjax.typing import Json
 
 RGB = {
     "red": (220, 35, 35),
@@ -248,7 +249,7 @@ def write(world: World, folder: Path | str, count: int, split: str = "train", se
     return folder
 
 
-def _write_clip(world: World, folder: Path, split: str, seed: int, index: int) -> dict[str, Any]:
+def _write_clip(world: World, folder: Path, split: str, seed: int, index: int) -> Json:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene, text = world.sample(rng, split)
     name = f"{index:06d}.mp4"
@@ -258,7 +259,7 @@ def _write_clip(world: World, folder: Path, split: str, seed: int, index: int) -
     return {"video": name, "caption": text, "scene": dataclasses.asdict(scene)}
 
 
-def _check_same(folder: Path, recipe: dict[str, Any]) -> None:
+def _check_same(folder: Path, recipe: Json) -> None:
     try:
         there = json.loads((folder / "world.json").read_text())
     except (OSError, ValueError):
@@ -271,11 +272,11 @@ def _check_same(folder: Path, recipe: dict[str, Any]) -> None:
 @functools.cache
 def _held_out(combinations: tuple[Thing, ...]) -> tuple[Thing, ...]:
     """Greedy: next is the combination whose pairs, then parts, were taken least; ties by a stable hash."""
-    taken: Counter[tuple[int, Any]] = Counter()
+    taken: Counter[tuple[int, object]] = Counter()
     left = sorted(combinations, key=lambda c: hashlib.blake2b(" ".join(c).encode()).digest())
     chosen = []
 
-    def pairs(c: Thing) -> list[tuple[int, Any]]:
+    def pairs(c: Thing) -> list[tuple[int, object]]:
         return list(enumerate(itertools.combinations(c, 2), len(c)))
 
     def crowding(c: Thing) -> tuple[int, int]:

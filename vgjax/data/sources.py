@@ -13,18 +13,19 @@ import shutil
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from vgjax.data.decode import IMAGES, VIDEOS, TooSlow, Unreadable, read_clip
-from vgjax.data.embeddings import EmbeddingWriter, Text
+from vgjax.data.embeddings import EmbeddingWriter
 from vgjax.data.storage import reason
 from vgjax.errors import UserError
+from vgjax.typing import Context, Json
 
 
 class Bad(NamedTuple):
@@ -47,7 +48,7 @@ class Clip:
     seconds: float | int | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """What decides whether a file gives such a clip, as JSON."""
         return {"frames": self.frames, "size": list(self.size), "fps": self.fps}
 
@@ -233,7 +234,7 @@ class Latents:
 
         self.path, self.skipped = Path(path), []
         try:
-            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
+            self.meta: Json = json.loads((self.path / "meta.json").read_text())
             self.records = ArrayRecordDataSource(str(self.path / "latents.array_record"))
             found = len(self.records)
         except (OSError, ValueError, RuntimeError) as error:
@@ -263,7 +264,7 @@ class Latents:
         heads = (self._head(record)[0] for record in range(len(self)))
         return {head["content"]: record for record, head in enumerate(heads) if head.get("content")}
 
-    def _head(self, record: int) -> tuple[dict[str, Any], bytes]:
+    def _head(self, record: int) -> tuple[Json, bytes]:
         packed = self.records[record]
         (size,) = struct.unpack_from("<I", packed)
         return json.loads(packed[4 : 4 + size]), packed[4 + size :]
@@ -275,10 +276,10 @@ class LatentWriter:
     Everything goes to a folder beside `path` that takes its name only when all is written; an exception leaves nothing
     (with `replace`: what was there). A record is a length, a JSON head with caption, id and the sha256 of the clip's
     file, and the raw floats. `meta` must be JSON (the VAE's config). Captions that an encoder has read are added by
-    `add_text`, for `Embeddings`.
+    `add_texts`, for `Embeddings`.
     """
 
-    def __init__(self, path: str | Path, meta: dict[str, Any], replace: bool = False):
+    def __init__(self, path: str | Path, meta: Json, replace: bool = False):
         self.path, self.meta, self.replace = Path(path), meta, replace
         self.count, self.shape, self.texts = 0, None, None
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -304,12 +305,12 @@ class LatentWriter:
         self.writer.write(struct.pack("<I", len(head)) + head + np.ascontiguousarray(latent, "<f4").tobytes())
         self.count += 1
 
-    def add_text(self, caption: str, text: Text) -> None:
-        """Appends an encoded caption that is not there yet."""
+    def add_texts(self, captions: Sequence[str], rows: Context) -> None:
+        """Appends encoded captions that are not there yet."""
         self.texts = self.texts or EmbeddingWriter(self.temporary)
-        self.texts.add(caption, text)
+        self.texts.add(captions, rows)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             self.writer.close()
             if self.texts:

@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from vgjax.errors import StorageError, UserError
+from vgjax.typing import Json
 
 MANIFEST = "manifest.json"
 
@@ -23,7 +23,7 @@ def seal(folder: Path) -> None:
     """Makes every file of a step durable and writes its manifest, durable too."""
     paths = sorted(folder.rglob("*"))
 
-    def sealed_file(path: Path) -> tuple[str, dict[str, Any]]:
+    def sealed_file(path: Path) -> tuple[str, Json]:
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -60,7 +60,7 @@ def verify(folder: Path) -> list[str]:
         return [found for found in threads.map(fault, files) if found]
 
 
-def sealed(folder: Path) -> dict[str, Any] | None:
+def sealed(folder: Path) -> Json | None:
     """The files a manifest vouches for; None unless it is, byte for byte, what `seal` wrote."""
     try:
         raw = (folder / MANIFEST).read_bytes()
@@ -120,6 +120,6 @@ def reason(error: Exception) -> str:
     return text.splitlines()[0][:300]
 
 
-def _manifest(files: dict[str, Any]) -> bytes:
+def _manifest(files: Json) -> bytes:
     text = json.dumps(files, indent=1, sort_keys=True)
     return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "files": files}, indent=1).encode()

@@ -4,15 +4,22 @@ A caption becomes `ids` int32 `m r` and `mask` bool `m`. Id 0 is padding; positi
 empty or dropped caption still has one token to attend to.
 """
 
+import functools
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from vgjax.errors import UserError
+from vgjax.typing import Context, Tokens
+
+STREAM = "text"  # where captions stand in a Context
 
 PADDING, BEGIN, FIRST = 0, 1, 2
 
@@ -76,6 +83,43 @@ class Words:
         halves = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
         first, second = (FIRST + half % (self.buckets - FIRST) for half in halves)
         return first, second
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Captions as ids of a tokenizer: the conditioner of a text encoder that is trained with the model."""
+
+    tokenizer: Bytes | Words
+    frozen: ClassVar[bool] = False
+
+    def __call__(self, captions: Sequence[str]) -> Context:
+        """Rows of ids."""
+        read = functools.lru_cache(None)(self.tokenizer)
+        ids, mask = zip(*map(read, captions), strict=True)
+        return Context({STREAM: Tokens(np.stack(ids), np.stack(mask))})
+
+    def abstract(self, count: int) -> Context:
+        """The shapes of so many rows."""
+        shape = count, self.tokenizer.length, self.tokenizer.hashes
+        return Context({STREAM: Tokens(jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape[:2], bool))})
+
+    def placed(self, where: Any) -> "Learned":
+        """Itself: it computes on the host."""
+        return self
+
+    def cut(self, captions: Sequence[str]) -> list[str]:
+        """What is to be said of captions that are longer than what is read of them."""
+        return cut([*map(self.tokenizer.count, captions)], self.tokenizer.length)
+
+
+def cut(counts: Sequence[int], length: int, by: str = "") -> list[str]:
+    """A sentence on the texts of so many tokens that are longer than `length`; none where none is."""
+    if not (over := [count for count in counts if count > length]):
+        return []
+    return [
+        f"{len(over)} of {len(counts)} texts are longer than the {length} tokens that are read of them{by} (up to "
+        f"{max(over)}): the rest of them is left out"
+    ]
 
 
 def split(text: str) -> list[str]:

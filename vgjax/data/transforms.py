@@ -4,20 +4,20 @@ import fcntl
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from grain.transforms import Map
 from jaxtyping import Int64
 
 from vgjax.data.decode import TooSlow, Unreadable
-from vgjax.data.embeddings import Embeddings
+from vgjax.data.embeddings import row_of
 from vgjax.data.sources import Clip, Source, read
-from vgjax.data.text import Bytes, Words
 from vgjax.errors import UserError
+from vgjax.typing import Context, Json
 
 
 class BadFiles:
@@ -28,9 +28,7 @@ class BadFiles:
     that took too long: nobody should wait for them again. The file is only appended to, and only its new end is read.
     """
 
-    def __init__(
-        self, path: str | Path | None, names: frozenset[str] | None = None, settings: dict[str, Any] | None = None
-    ):
+    def __init__(self, path: str | Path | None, names: frozenset[str] | None = None, settings: Json | None = None):
         self.path, self.names, self.settings = path and Path(path), names, settings
         self.known: dict[str, str] = {}
         self.slow: set[str] = set()
@@ -108,7 +106,7 @@ class BadFiles:
             )
 
 
-def _parse(text: bytes) -> Iterator[dict[str, Any]]:
+def _parse(text: bytes) -> Iterator[Json]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
@@ -129,20 +127,21 @@ def order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " count"]:
 
 @dataclass
 class Load(Map):
-    """Sample index -> sample: array, tokens, mask, index, id. A bad record is replaced by the next good one.
+    """Sample index -> sample: array, index, id, and the row of its Context that `conditioner` makes of a caption.
 
-    The replacement depends on nothing but the files, so a sample stays a function of (seed, index).
+    A bad record is replaced by the next good one. The replacement depends on nothing but the files, so a sample stays
+    a function of (seed, index).
     """
 
     source: Source
     clip: Clip
-    tokenizer: Bytes | Words | Embeddings
+    conditioner: Callable[[Sequence[str]], Context] | None
     drop_caption: float | int
     seed: int
     bad: BadFiles
     max_bad: float | int
 
-    def map(self, index: int) -> dict[str, Any]:
+    def map(self, index: int) -> Json:
         index, count = int(index), len(self.source)
         epoch, place = divmod(index, count)
         first = int(order(self.seed, epoch, count)[place])
@@ -159,14 +158,10 @@ class Load(Map):
                 self.bad.add(self.source.name(number), str(error), kind)
                 self.bad.check(self.max_bad)
                 continue
-            text, mask = self.tokenizer("" if dropped else caption)
-            return {
-                self.source.kind: array,
-                "text": text,
-                "mask": mask,
-                "index": np.uint32(index % 2**32),
-                "id": np.int32(number),
-            }
+            sample = {self.source.kind: array, "index": np.uint32(index % 2**32), "id": np.int32(number)}
+            if self.conditioner is None:
+                return sample
+            return sample | {"context": row_of(self.conditioner(["" if dropped else caption]), 0)}
         raise UserError(f"{self.source.path}: not one of {count} records can be read; see {self.bad.path}")
 
 

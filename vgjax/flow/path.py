@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 
 from vgjax.errors import UserError
 from vgjax.flow.steppers import Velocity
@@ -21,6 +22,16 @@ class Straight:
         """(x_t, velocity), fp32."""
         t = jnp.expand_dims(t, tuple(range(1, data.ndim)))
         return (1.0 - t) * noise + t * data, data - noise
+
+
+def errors(
+    v: Velocity, x: Float[Array, "b ..."], t: Float[Array, " b"], keys: Key, path: Straight = Straight()
+) -> Float[Array, " b"]:
+    """Squared velocity error of each sample at its time `t`, with noise from its key."""
+    noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
+    mixed, velocity = path.mix(noise, x, t)
+    out, _ = v(mixed, t, None)
+    return reduce(jnp.square(out.astype(jnp.float32) - velocity), "b ... -> b", "mean")
 
 
 def precondition(network: Velocity) -> Velocity:

@@ -4,13 +4,12 @@ They count noise levels sigma from 1 to 0; t = 1 - sigma.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
 from vgjax.errors import UserError
+from vgjax.typing import Config
 
 # The stepper of each scheduler, and the name that it has for its shift.
 SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": ("euler", "shift"), "UniPCMultistepScheduler": ("unipc", "flow_shift")}
@@ -24,7 +23,7 @@ class Schedule:
     told: Float32[np.ndarray, " k"] | None
 
 
-def stepper(config: Mapping[str, Any]) -> str:
+def stepper(config: Config) -> str:
     """The name in `STEPPERS` of the scheduler's method; a `UserError` for one that is not written."""
     name = config.get("_class_name")
     if name not in SCHEDULERS:
@@ -32,7 +31,7 @@ def stepper(config: Mapping[str, Any]) -> str:
     return SCHEDULERS[name][0]
 
 
-def published(config: Mapping[str, Any], steps: int, shift: float | None = None, whole: bool = False) -> Schedule:
+def published(config: Config, steps: int, shift: float | None = None, whole: bool = False) -> Schedule:
     """`steps` + 1 times of the scheduler that the config names. shift: None as published; whole: see `euler`."""
     method = stepper(config)
     if shift is not None:
@@ -40,7 +39,7 @@ def published(config: Mapping[str, Any], steps: int, shift: float | None = None,
     return unipc(config, steps) if method == "unipc" else euler(config, steps, whole)
 
 
-def euler(config: Mapping[str, Any], steps: int, whole: bool) -> Schedule:
+def euler(config: Config, steps: int, whole: bool) -> Schedule:
     """`steps` + 1 times of FlowMatchEulerDiscreteScheduler.
 
     whole: the levels run evenly from 1 to 0 before the shift, as a pipeline may ask for; else, as the scheduler does by
@@ -65,7 +64,7 @@ def euler(config: Mapping[str, Any], steps: int, whole: bool) -> Schedule:
     return Schedule(times, times)
 
 
-def unipc(config: Mapping[str, Any], steps: int) -> Schedule:
+def unipc(config: Config, steps: int) -> Schedule:
     """`steps` + 1 times of UniPCMultistepScheduler for flows; the network is told whole training steps, cut off."""
     _refuse(
         config,
@@ -91,11 +90,11 @@ def unipc(config: Mapping[str, Any], steps: int) -> Schedule:
     return Schedule(np.float32(1.0) - np.append(levels, 0.0).astype(np.float32), told.astype(np.float32))
 
 
-def _shifted(levels: Any, shift: float) -> Any:
+def _shifted(levels: np.ndarray | float, shift: float) -> np.ndarray | float:
     return shift * levels / (1.0 + (shift - 1.0) * levels)
 
 
-def _refuse(config: Mapping[str, Any], *keys: str) -> None:
+def _refuse(config: Config, *keys: str) -> None:
     for key in keys:
         if config.get(key):
             raise UserError(f"scheduler: {key}={config[key]!r} is not supported")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from einops import einsum, rearrange, reduce
-from scipy import ndimage
 
 from vgjax.data.captions import Request, Thing
 from vgjax.data.shapes import OUTLINES, RGB, World, coverage
@@ -74,6 +73,8 @@ def _background(frames: Float[np.ndarray, "t h w c"]) -> Float[np.ndarray, "t c"
 
 def _tubes(frames: Float[np.ndarray, "t h w c"], ground: Float[np.ndarray, "t c"]) -> np.ndarray:
     """Labels 1, 2, ... from the largest tube down, 0 elsewhere."""
+    from scipy import ndimage  # here: half a second, which a training that measures nothing need not wait
+
     away = np.linalg.norm(frames - rearrange(ground, "t c -> t 1 1 c"), axis=-1)
     t, h, w = away.shape
     enough = max(SMALLEST * h * w, 3)
@@ -108,6 +109,8 @@ def _track(
     # An edge pixel is a mixture of both colours: how much of it is the object.
     square = rearrange(np.maximum((contrast**2).sum(-1), 1), "t -> t 1 1")  # a colourful mess can be grey in the median
     alpha = einsum(offset, contrast, "t h w c, t c -> t h w") / square
+    from scipy import ndimage
+
     near = ndimage.binary_dilation(tube, np.ones((1, 3, 3)), iterations=max(2, tube.shape[1] // 16))
     # Doubled around one half, because sharpening undoes blur and silences noise.
     alpha = np.clip(2 * alpha - 0.5, 0, 1) * (near & (tube | ~occupied))

@@ -8,7 +8,6 @@ lies one linear map each, born as the cosine transform: the network starts as a 
 
 import functools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +16,12 @@ from flax import linen as nn
 
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, Padding
-from vgjax.nn.codec import check_video, latent_shape
+from vgjax.nn.codec import check_video, encode_mean, latent_shape, run
 from vgjax.nn.norm import RMSNorm
 from vgjax.parallel.sharding import shard
-from vgjax.typing import Array, Dtype, Float, Key
+from vgjax.typing import Array, Dtype, Float, Key, Params, Sizes, UInt8
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Sizes = {
     # 4x4x4 with 16 channels: the quickstart's 9x32x32 clips become 3x8x8. Few, wide positions: that is where a CPU
     # convolves fastest.
     "tiny": dict(
@@ -95,6 +94,16 @@ class CausalVAE(nn.Module):
         """Video of the latents, fp32."""
         return self.unpatchify(self.decoder(z).astype(jnp.float32)) + self.unfold(self.synthesis(z))
 
+    @nn.nowrap
+    def encode_video(self, params: Params, clips: UInt8[Array, "b t h w 3"]) -> Float[Array, "b s i j z"]:
+        """Mean latents of clips."""
+        return encode_mean(self, params, clips)
+
+    @nn.nowrap
+    def decode_video(self, params: Params, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w 3"]:
+        """Video of latents."""
+        return run(self, "decode", params, {}, z)[0]
+
     @property
     def time_factor(self) -> int:
         return self.patch_frames * math.prod(self.time)
@@ -119,7 +128,7 @@ class Pyramid(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
-    def conv(self, features: int, name: str, stride: tuple[int, int] = (1, 1), **rest: Any) -> CausalConv3D:
+    def conv(self, features: int, name: str, stride: tuple[int, int] = (1, 1), **rest: object) -> CausalConv3D:
         time, space = stride
         rest = dict(padding=self.padding, dtype=self.dtype, name=name, **rest)
         return CausalConv3D(features, stride=(time, space, space), **rest)

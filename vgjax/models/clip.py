@@ -5,7 +5,6 @@ Pre-norm transformers with learned positions; the text's is causal, so that its 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,14 @@ from vgjax.nn.mlp import MLP
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.parallel.sharding import named, shard
-from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.typing import Array, Bool, Dtype, Float, Int, Sizes
 
 # OpenCLIP's, without approximation; OpenAI's, by a logistic function.
 ACTS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Sizes = {
     # CLIPText: OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14.
     "l": dict(vocab=49408, dim=768, heads=12, inner=3072, blocks=12, act="quick_gelu"),
     "g": dict(vocab=49408, dim=1280, heads=20, inner=5120, blocks=32, projection=1280),

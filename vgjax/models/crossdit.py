@@ -7,7 +7,6 @@ tokens of an image's encoder, where there are some, have keys and values of thei
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,10 @@ from vgjax.nn.modulation import gated, modulate, per_token
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.parallel.sharding import named, shard
-from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.typing import Array, Attention, Bool, Dtype, Float, Int, Json, Sizes
 
-_14B: dict[str, Any] = dict(dim=5120, heads=40, inner=13824, blocks=40, channels=16, text_dim=4096, remat="full")
-SIZES: dict[str, dict[str, Any]] = {
+_14B: Json = dict(dim=5120, heads=40, inner=13824, blocks=40, channels=16, text_dim=4096, remat="full")
+SIZES: Sizes = {
     "wan2.1-t2v-1.3b": dict(dim=1536, heads=12, inner=8960, blocks=30, channels=16, text_dim=4096, remat="full"),
     "wan2.1-t2v-14b": _14B,
     "wan2.1-i2v-14b": dict(_14B, conditions=20, image_dim=1280),
@@ -63,7 +62,7 @@ class CrossDiT(nn.Module):
     theta: float = 1e4
     remat: str = "none"
     scan: bool = True
-    attention: Any = Full()
+    attention: Attention = Full()
     dtype: Dtype = jnp.float32
     stream: Dtype | None = jnp.float32
 
@@ -162,7 +161,7 @@ class Block(nn.Module):
 
     heads: int
     inner: int
-    attention: Any
+    attention: Attention
     dtype: Dtype
 
     @nn.compact

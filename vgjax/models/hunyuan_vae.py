@@ -8,7 +8,6 @@ but the statistics that they are scaled by do, so this codec neither streams nor
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -17,14 +16,14 @@ from flax import linen as nn
 from vgjax.attention.full import Full
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalUpsample
-from vgjax.nn.codec import check_video, latent_shape, run
+from vgjax.nn.codec import check_video, from_uint8, latent_shape, run
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.norm import GroupNorm
 from vgjax.parallel import sharding
 from vgjax.parallel.sharding import shard
-from vgjax.typing import Array, Dtype, Float, Params
+from vgjax.typing import Array, Dtype, Float, Params, Sizes, UInt8
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Sizes = {
     # HunyuanVideo, 246 million parameters.
     "hunyuan": dict(channels=(128, 256, 512, 512), blocks=2, groups=32, latent_channels=16)
 }
@@ -78,6 +77,16 @@ class HunyuanVAE(nn.Module):
         """Video of the latents, fp32."""
         self._check_whole()
         return self.decoder(self.post_quant(z)).astype(jnp.float32)
+
+    @nn.nowrap
+    def encode_video(self, params: Params, clips: UInt8[Array, "b t h w 3"]) -> Float[Array, "b s i j z"]:
+        """Mean latents of clips, as published: see `encode_clips`."""
+        return encode_clips(self, params, from_uint8(clips))[0]
+
+    @nn.nowrap
+    def decode_video(self, params: Params, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w 3"]:
+        """Video of latents, as published: see `decode_clips`."""
+        return decode_clips(self, params, z)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`t h w c` of the latents of one video."""

@@ -4,7 +4,6 @@ Pre-norm blocks of causal attention with rotary positions, whose keys and values
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,10 @@ from vgjax.nn.mlp import GatedMLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
 from vgjax.parallel.sharding import named, shard
-from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.typing import Array, Bool, Dtype, Float, Int, Json, Sizes
 
-_8B: dict[str, Any] = dict(vocab=128256, dim=4096, heads=32, kv_heads=8, inner=14336, blocks=32)
-SIZES: dict[str, dict[str, Any]] = {
+_8B: Json = dict(vocab=128256, dim=4096, heads=32, kv_heads=8, inner=14336, blocks=32)
+SIZES: Sizes = {
     "llama-3-8b": _8B,
     # What HunyuanVideo conditions on: LLaVA's Llama, with 64 more rows for LLaVA's own tokens.
     "hunyuan-video": dict(_8B, vocab=128320),

@@ -7,8 +7,8 @@ nothing. A pooled text vector, time and optionally guidance modulate.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from vgjax.nn.modulation import Modulation, gated, modulate
 from vgjax.nn.norm import LayerNorm
 from vgjax.nn.stack import Stack
 from vgjax.parallel.sharding import shard
-from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.typing import Array, Attention, Bool, Dtype, Float, Int, Json, Sizes
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Sizes = {
     "quickstart": dict(
         dim=192,
         heads=6,
@@ -90,7 +90,7 @@ class MMDiT(nn.Module):
     refiner_blocks: int = 2
     remat: str = "none"
     scan: bool = True
-    attention: Any = Full()
+    attention: Attention = Full()
     dtype: Dtype = jnp.float32
     stream: Dtype | None = None
 
@@ -180,7 +180,7 @@ class DoubleStreamBlock(nn.Module):
 
     heads: int
     inner: int
-    attention: Any
+    attention: Attention
     dtype: Dtype
 
     @nn.compact
@@ -230,7 +230,7 @@ class SingleStreamBlock(nn.Module):
 
     heads: int
     inner: int
-    attention: Any
+    attention: Attention
     dtype: Dtype
 
     @nn.compact
@@ -253,8 +253,8 @@ class TextRefiner(nn.Module):
 
     dim: int
     blocks: int
-    block: dict[str, Any]
-    stack: Any
+    block: Json
+    stack: Callable[..., Stack]
 
     @nn.compact
     def __call__(
@@ -276,7 +276,7 @@ class RefinerBlock(nn.Module):
 
     heads: int
     inner: int
-    attention: Any
+    attention: Attention
     dtype: Dtype
 
     @nn.compact
@@ -290,7 +290,7 @@ class RefinerBlock(nn.Module):
         return shard(gated(x, mlp(norm(name="norm_mlp")(x)), gate_mlp), "batch", "tokens", None)
 
 
-def _attend(attention: Any, q: Array, k: Array, v: Array, turn: rope.Rotation, samples: Array) -> Array:
+def _attend(attention: Attention, q: Array, k: Array, v: Array, turn: rope.Rotation, samples: Array) -> Array:
     q, k, v = (shard(a, "batch", "tokens", "heads", None) for a in (rope.rotate(q, turn), rope.rotate(k, turn), v))
     return attention(q, k, v, among(samples))
 

@@ -5,7 +5,6 @@ logarithmic buckets, which all blocks share (T5, ByT5) or each has its own (umT5
 """
 
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +17,9 @@ from vgjax.nn.mlp import GatedMLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
 from vgjax.parallel.sharding import named, shard
-from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.typing import Array, Bool, Dtype, Float, Int, Sizes
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Sizes = {
     "t5-xxl": dict(vocab=32128, dim=4096, heads=64, inner=10240, blocks=24),
     "umt5-xxl": dict(vocab=256384, dim=4096, heads=64, inner=10240, blocks=24, shared_bias=False),
     "byt5-small": dict(vocab=384, dim=1472, heads=6, inner=3584, blocks=12),

@@ -1,11 +1,11 @@
-"""The text encoder that is trained with the model: hashed words or bytes in, tokens and a pooled vector out.
+"""How a model trained here reads text: by an encoder of its own, or what frozen encoders made of it.
 
-A pre-norm transformer with rotary positions. A token's embedding is the sum of one row a hash (Bloom embeddings,
-Serrà & Karatzoglou 2017), so two words that share one bucket still differ by the other.
+The encoder takes hashed words or bytes and gives tokens and a pooled vector: a pre-norm transformer with rotary
+positions. A token's embedding is the sum of one row a hash (Bloom embeddings, Serrà & Karatzoglou 2017), so two words
+that share one bucket still differ by the other.
 """
 
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -20,7 +20,7 @@ from vgjax.nn.mlp import MLP
 from vgjax.nn.norm import RMSNorm
 from vgjax.nn.stack import Stack
 from vgjax.parallel.sharding import named, shard
-from vgjax.typing import Array, Bool, Dtype, Float, Int
+from vgjax.typing import Array, Attention, Bool, Context, Dtype, Float, Int, Tokens
 
 THETA = 100.0  # captions are short: the slowest frequency turns once in about six hundred tokens
 
@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
     mlp_ratio: float = 4.0
     remat: str = "none"
     scan: bool = True
-    attention: Any = Full()
+    attention: Attention = Full()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -61,13 +61,46 @@ class TextEncoder(nn.Module):
         mean = jnp.sum(x.astype(jnp.float32), axis=1) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         return x, Linear(self.pooled, ("embed", None), name="pool")(mean)
 
+    def read(self, context: Context) -> tuple[Tokens, Float[Array, "b p"]]:
+        """(tokens, pooled vector) of the ids in a Context."""
+        ((ids, mask),) = context.text.values()
+        c, vec = self(ids, mask)
+        return Tokens(c, mask), vec
+
+
+class TextStreams(nn.Module):
+    """What frozen encoders made of a text, `(tokens of width dim, pooled vector)` for a model trained from scratch.
+
+    Each stream is normalised (encoders differ in scale by orders of magnitude) and projected on its own; the streams
+    stand one behind the other, as Stable Diffusion 3 joins its encoders (2403.03206, section 5.2). The pooled vector is
+    projected from those that encoders give and from the mean of each stream. Padded positions come out as 0.
+    """
+
+    dim: int
+    pooled: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def read(self, context: Context) -> tuple[Tokens, Float[Array, "b p"]]:
+        """(tokens, pooled vector) of the embeddings in a Context."""
+        tokens, masks, vectors = [], [], [] if context.vec is None else [context.vec.astype(jnp.float32)]
+        for name, (c, mask) in sorted(context.text.items()):
+            c = RMSNorm(dtype=self.dtype, name=f"norm_{name}")(c.astype(jnp.float32)) * mask[:, :, None]
+            real = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+            vectors.append(jnp.sum(c.astype(jnp.float32), axis=1) / real)
+            c = Linear(self.dim, (None, "embed"), dtype=self.dtype, name=f"stream_{name}")(c) * mask[:, :, None]
+            tokens.append(shard(c, "batch", "text", None))
+            masks.append(mask)
+        vec = Linear(self.pooled, (None, None), name="pool")(jnp.concatenate(vectors, axis=-1))
+        return Tokens(jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)), vec
+
 
 class TextBlock(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
     heads: int
     inner: int
-    attention: Any
+    attention: Attention
     dtype: Dtype
 
     @nn.compact

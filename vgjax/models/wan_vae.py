@@ -7,7 +7,6 @@ Wan 2.2 adds patches of 2x2 pixels and, around each level, shortcuts that averag
 
 import math
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
@@ -16,13 +15,13 @@ from flax import linen as nn
 from vgjax.attention.full import Full
 from vgjax.errors import UserError
 from vgjax.nn.causal import CausalConv3D, CausalFold, CausalUnfold, CausalUpsample, started
-from vgjax.nn.codec import check_video, latent_shape
+from vgjax.nn.codec import check_video, decode_stream, encode_stream, from_uint8, latent_shape
 from vgjax.nn.heads import QKV, Merge
 from vgjax.nn.norm import RMSNorm
 from vgjax.parallel.sharding import shard
-from vgjax.typing import Array, Dtype, Float
+from vgjax.typing import Array, Dtype, Float, Params, Sizes, UInt8
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Sizes = {
     "wan2.1": dict(width=96),
     # Of the 5-billion model; 4x16x16.
     "wan2.2": dict(width=160, decoder_width=256, latent_channels=48, patch=2, shortcuts=True),
@@ -88,6 +87,16 @@ class WanVAE(nn.Module):
         """Of the encoder, before its first level and in each; of the decoder, in each of its levels."""
         down = tuple(self.width * multiplier for multiplier in (1, *self.multipliers))
         return down, tuple((self.decoder_width or self.width) * multiplier for multiplier in self.multipliers[::-1])
+
+    @nn.nowrap
+    def encode_video(self, params: Params, clips: UInt8[Array, "b t h w 3"]) -> Float[Array, "b s i j z"]:
+        """Mean latents of clips, a latent frame at a time, so that memory does not grow with their length."""
+        return encode_stream(self, params, from_uint8(clips), self.time_factor)[0]
+
+    @nn.nowrap
+    def decode_video(self, params: Params, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w 3"]:
+        """Video of latents, one latent frame at a time."""
+        return decode_stream(self, params, z, 1)
 
     @property
     def time_factor(self) -> int:

@@ -1,11 +1,13 @@
 """What every video codec does: the sizes it takes, the scale of its latents, streams and tiles of it.
 
-A codec is a module with `encode`, `decode`, `time_factor`, `space_factor` and `latent_shape`.
+A codec is a module with `encode`, `decode`, `time_factor`, `space_factor` and `latent_shape`, and, of its parameters,
+`encode_video` (mean latents of bytes) and `decode_video`: a video of any length in the pieces that its model is made
+for.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from vgjax.errors import Diverged, UserError
-from vgjax.typing import Array, Bool, Float, Params
+from vgjax.typing import Array, Bool, Float, Params, PyTree, UInt8
 
 
 def check_video(
@@ -57,6 +59,16 @@ def check_finite(finite: Bool[np.ndarray, " n"], prompts: Sequence[str]) -> None
         )
 
 
+def from_uint8(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+    """Bytes to floats in [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
+    """Floats in [-1, 1], clipped, to bytes; on the device, so that the host copies a quarter."""
+    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
+
+
 class LatentStats(NamedTuple):
     """Per-channel mean and standard deviation of latents."""
 
@@ -86,6 +98,12 @@ def from_unit(z: Float[Array, "... c"], stats: LatentStats) -> Float[Array, "...
     return z * stats.std + stats.mean
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def encode_mean(model: nn.Module, params: Params, clips: UInt8[Array, "b t h w 3"]) -> Float[Array, "b s i j z"]:
+    """Mean latents of clips, all their frames at once."""
+    return model.apply({"params": params}, from_uint8(clips), method="encode")[0]
+
+
 def encode_stream(
     model: nn.Module, params: Params, video: Float[Array, "b t h w 3"], chunk: int
 ) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
@@ -107,7 +125,7 @@ def decode_stream(
     return jnp.concatenate(_stream(model, "decode", params, z, chunk), axis=1)
 
 
-def _stream(model: nn.Module, method: str, params: Params, x: Array, chunk: int) -> list[Any]:
+def _stream(model: nn.Module, method: str, params: Params, x: Array, chunk: int) -> list[PyTree]:
     cache, outs = {}, []
     for part in jnp.split(x, list(range(1 + chunk, x.shape[1], chunk)), axis=1):
         out, cache = run(model, method, params, cache, part)
@@ -116,7 +134,7 @@ def _stream(model: nn.Module, method: str, params: Params, x: Array, chunk: int)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run(model: nn.Module, method: str, params: Params, cache: Params, x: Array) -> tuple[Any, Params]:
+def run(model: nn.Module, method: str, params: Params, cache: Params, x: Array) -> tuple[PyTree, Params]:
     """(what a method says of `x`, the cache after it); an empty cache starts a stream."""
     out, state = model.apply({"params": params, "cache": cache}, x, method=method, mutable=["cache"])
     return out, state["cache"]
@@ -142,17 +160,15 @@ def decode_tiled(
     z: Float[Array, "b s i j z"],
     tile: int,
     overlap: int,
-    decode: Callable[[nn.Module, Params, Array], Array] | None = None,
     fetch: Callable[[Array], np.ndarray] = np.asarray,
 ) -> Float[Array, "b t h w 3"]:
-    """`decode` in overlapping square tiles; `tile` and `overlap` in latent positions.
+    """`decode_video` in overlapping square tiles; `tile` and `overlap` in latent positions.
 
-    decode: how a tile is decoded, as a stream for example; fetch: brings its frames to the host, for what is spread
-    over several processes.
+    fetch: brings the frames of a tile to the host, for what is spread over several processes.
     """
 
     def one(part: Array) -> np.ndarray:
-        return fetch(decode(model, params, part) if decode else run(model, "decode", params, {}, part)[0])
+        return fetch(model.decode_video(params, part))
 
     return _tiled(one, z, tile, overlap, 1, model.space_factor)
 

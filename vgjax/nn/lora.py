@@ -6,8 +6,7 @@ them is as it was. `b` is born zero, so training starts from the model as it is.
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from flax import linen as nn
 
 from vgjax.errors import UserError
 from vgjax.parallel.sharding import Named
-from vgjax.typing import Array, Dtype, Float, Key, Params, PyTree
+from vgjax.typing import Array, Config, Dtype, Float, Json, Key, Params, PyTree
 
 TARGETS = ("qkv", "q", "text_kv", "image_kv", "merge", "mlp")  # attention and MLP of every model
 # Dims of a kernel, layers aside (Linear, Merge, heads): how many of them count kernels, and end its inputs.
@@ -41,7 +40,7 @@ def born(boxed: PyTree, rank: int, targets: Sequence[str], key: Key) -> PyTree:
 
     Adapted is every kernel of a stack of blocks whose path has one of `targets` in it.
     """
-    found: dict[str, Any] = {}
+    found: Json = {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, Named))
     for path, box in leaves:
         *names, leaf = (entry.key for entry in path)
@@ -69,7 +68,7 @@ def scaled(lora: Params, scale: float) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, x: scale * x if path[-1].key == "b" else x, lora)
 
 
-def merged(params: Mapping[str, Any], lora: Mapping[str, Any], dtype: Dtype | None = None) -> Params:
+def merged(params: Config, lora: Config, dtype: Dtype | None = None) -> Params:
     """The parameters of the model without a `lora` collection that is the same function.
 
     Adapted kernels come in `dtype`, or in their own. The sum is fp32 and rounded once: in bf16 to within 2^-8 of each

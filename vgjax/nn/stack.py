@@ -20,7 +20,7 @@ def _offload(*names: str) -> Any:
     )
 
 
-def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+def _is_cudnn(primitive: object, *_: object, **__: object) -> bool:
     """cuDNN's attention, whose sums have no name: without them its backward pass would run it forward again."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
@@ -52,13 +52,13 @@ class Stack(nn.Module):
     scan: bool = True
 
     @nn.compact
-    def __call__(self, carry: PyTree, *args: Any) -> PyTree:
+    def __call__(self, carry: PyTree, *args: PyTree) -> PyTree:
         if self.remat not in REMAT:
             raise UserError(f"remat {self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
         if self.length == 0:
             return carry
 
-        def one(block: nn.Module, carry: PyTree, *args: Any) -> tuple[PyTree, None]:
+        def one(block: nn.Module, carry: PyTree, *args: PyTree) -> tuple[PyTree, None]:
             return block(checkpoint_name(carry, "block"), *args), None
 
         if self.remat != "none":

@@ -5,7 +5,7 @@ Its captions come encoded by its own encoders, its latents by its own VAE (`vgja
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from vgjax.errors import UserError
 from vgjax.flow.steppers import Velocity
 from vgjax.nn import lora
 from vgjax.objectives.flow import FlowObjective
-from vgjax.typing import Array, Bool, Key, Params, PyTree
+from vgjax.typing import Array, Context, Key, Module, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,14 @@ class Lora:
 class FinetuneObjective(FlowObjective):
     """One player, `velocity`: the transformer's parameters, or with `lora` its adapters, and `base` are frozen.
 
-    velocity_of: the family's, of (model, variables, texts, guidance, what is given of an image). inputs: abstract
-    arguments of the model's smallest call. length: tokens of a text. guidance: the scale that a guidance-distilled
+    velocity_of: the family's, of (model, variables, context). inputs: abstract arguments of the model's smallest
+    call. guidance: the scale that a guidance-distilled
     model is told. times: the part of time that the model serves, onto which the timestep law is squeezed.
     """
 
-    text: Any = None  # captions come encoded
+    text: None = None  # captions come encoded
     velocity_of: Callable[..., Velocity]
-    inputs: Callable[[Any], tuple[Any, ...]]
-    length: int
+    inputs: Callable[[Module], tuple[PyTree, ...]]
     lora: Lora | None = None
     guidance: float = 1.0
     times: tuple[float, float] = (0.0, 1.0)
@@ -73,14 +72,6 @@ class FinetuneObjective(FlowObjective):
         # The key inside: the devices of a plan are absent.
         return jax.eval_shape(lambda *x: self.model.init(jax.random.key(0), *x), *self.inputs(self.model))["params"]
 
-    def texts(self, count: int, tokenizer: Any) -> dict[str, PyTree]:
-        """Abstract captions of `count` samples, as encoders give them."""
-        found = zip(("c", "mask", "vec"), self.inputs(self.model)[2:5], strict=False)
-        shapes = {name: (count, *leaf.shape[1:]) for name, leaf in found if leaf is not None and name != "mask"}
-        shapes["c"] = (count, self.length, shapes["c"][-1])
-        text = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-        return {"text": text, "mask": jax.ShapeDtypeStruct((count, self.length), jnp.bool_)}
-
     def init(self, key: Key, batch: PyTree) -> Params:
         """Boxed parameters; those of the transformer are at random until the published ones take their place."""
         if self.lora:
@@ -93,10 +84,14 @@ class FinetuneObjective(FlowObjective):
         first, last = self.times
         return first + (last - first) * super().drawn(keys, tokens)
 
-    def bind(self, params: Params, text: PyTree, mask: Bool[Array, "b m"], guidance: float | int = 0.0) -> Velocity:
-        """The velocity of these encoded captions, `{"c": tokens, "vec": pooled or absent}`; guidance 0: its own."""
-        variables = {"params": params["velocity"]}
-        if self.lora:
-            variables = {"params": params["base"], "lora": lora.scaled(params["velocity"], self.lora.scale)}
-        texts = text["c"], mask, text.get("vec")
-        return self.velocity_of(self.model, variables, texts, guidance or self.guidance, {})
+    def variables(self, params: Params) -> dict[str, PyTree]:
+        """What the model computes with: its parameters, and beside them adapters, scaled."""
+        if not self.lora:
+            return {"params": params["velocity"]}
+        return {"params": params["base"], "lora": lora.scaled(params["velocity"], self.lora.scale)}
+
+    def bind(self, params: Params, context: Context) -> Velocity:
+        """The velocity of a Context; a guidance-distilled model is told `guidance` where the Context says nothing."""
+        count = len(jax.tree.leaves(context.text)[0])
+        told = {"guidance": jnp.full(count, self.guidance, jnp.float32), **context.scalars}
+        return self.velocity_of(self.model, self.variables(params), context._replace(scalars=told))

@@ -9,29 +9,26 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import reduce
 
-from vgjax.flow.path import Straight, precondition, sample_keys
+from vgjax.flow.path import Straight, errors, precondition, sample_keys
 from vgjax.flow.steppers import Velocity
 from vgjax.flow.time import Shift, Uniform
 from vgjax.losses.mean import pair
-from vgjax.nn.codec import to_unit
-from vgjax.objectives.objective import tokenized
-from vgjax.objectives.vae import from_uint8
-from vgjax.typing import Array, Bool, Float, Key, Params, PyTree
+from vgjax.nn.codec import from_uint8, to_unit
+from vgjax.typing import Array, Context, Float, Key, Module, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowObjective:
-    """One player, `velocity`: `{"model": MM-DiT, "text": text encoder}`. The VAE is frozen.
+    """One player, `velocity`: `{"model": MM-DiT, "text": what reads the text}`. The VAE is frozen.
 
     With `precondition` the network gives what the best linear guess leaves over (see `flow.path.precondition`); models
     trained elsewhere as plain velocities have it off.
     """
 
-    model: Any  # a Linen MMDiT
-    text: Any  # a Linen TextEncoder
-    vae: Any  # a Linen VAE
+    model: Module  # a Linen MMDiT
+    text: Module  # a TextEncoder or TextStreams
+    vae: Module | None  # a Linen VAE, where something is encoded or shown
     time: Any = Uniform()
     shift: Shift = Shift()
     path: Straight = Straight()
@@ -43,14 +40,11 @@ class FlowObjective:
     adapted: ClassVar[bool] = False
 
     @property
-    def codec(self) -> Any:
+    def codec(self) -> Module | None:
         return self.vae
 
     def base(self) -> PyTree:
         return {}
-
-    def texts(self, count: int, tokenizer: Any) -> dict[str, PyTree]:
-        return tokenized(count, tokenizer)
 
     def tokens(self, latents: tuple[int, ...]) -> int:
         return self.model.tokens(latents)
@@ -58,10 +52,11 @@ class FlowObjective:
     def init(self, key: Key, batch: PyTree) -> Params:
         """Boxed parameters from a prepared batch."""
         of_model, of_text = jax.random.split(key)
-        text, (c, vec) = _init(self.text, of_text, batch["text"], batch["mask"])
+        (tokens, vec), variables = self.text.init_with_output(of_text, batch["context"], method="read")
         t = jnp.zeros(batch["x"].shape[:1])
-        model, _ = _init(self.model, of_model, batch["x"], t, c, batch["mask"], vec, self._told(1.0, t))
-        return {"velocity": {"model": model, "text": text}}
+        inputs = batch["x"], t, *tokens, vec, self._told(batch["context"], t)
+        model = self.model.init(of_model, *inputs)["params"]
+        return {"velocity": {"model": model, "text": variables["params"]}}
 
     def frozen(self) -> dict[str, PyTree]:
         """What no one trains, beside the frozen VAE: nothing."""
@@ -94,31 +89,21 @@ class FlowObjective:
 
     def errors(self, params: Params, batch: PyTree, t: Float[Array, " b"], keys: Key) -> Float[Array, " b"]:
         """Squared velocity error of each sample at its time `t`, with noise from its key."""
-        x = batch["x"]
-        noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
-        mixed, velocity = self.path.mix(noise, x, t)
-        v, _ = self.bind(params, batch["text"], batch["mask"])(mixed, t, None)
-        return reduce(jnp.square(v.astype(jnp.float32) - velocity), "b ... -> b", "mean")
+        return errors(self.bind(params, batch["context"]), batch["x"], t, keys, self.path)
 
-    def bind(self, params: Params, text: PyTree, mask: Bool[Array, "b m"], guidance: float | int = 1.0) -> Velocity:
-        """The velocity of these captions, at a scalar `t` or one a sample. The text is encoded once.
-
-        guidance: the scale that a guidance-distilled model is told; other models know none.
-        """
+    def bind(self, params: Params, context: Context) -> Velocity:
+        """The velocity of a Context, at a scalar `t` or one a sample. The text is read once."""
         own = params["velocity"]
-        c, vec = self.text.apply({"params": own["text"]}, text, mask)
+        tokens, vec = self.text.apply({"params": own["text"]}, context, method="read")
 
         def v(x: Float[Array, "b t h w c"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
             t = jnp.broadcast_to(t, x.shape[:1])
-            return self.model.apply({"params": own["model"]}, x, t, c, mask, vec, self._told(guidance, t)), memory
+            return self.model.apply({"params": own["model"]}, x, t, *tokens, vec, self._told(context, t)), memory
 
         return precondition(v) if self.precondition else v
 
-    def _told(self, guidance: float | int, t: Float[Array, " b"]) -> Float[Array, " b"] | None:
-        return jnp.full(t.shape, guidance, jnp.float32) if self.model.guidance else None
-
-
-def _init(module: Any, key: Key, *inputs: Any) -> tuple[Params, Any]:
-    """(boxed parameters, output on `inputs`)."""
-    out, variables = module.init_with_output(key, *inputs)
-    return variables["params"], out
+    def _told(self, context: Context, t: Float[Array, " b"]) -> Float[Array, " b"] | None:
+        """The scale that a guidance-distilled model is told: 1 where the Context says none."""
+        if not self.model.guidance:
+            return None
+        return context.scalars.get("guidance", jnp.ones(t.shape, jnp.float32))

@@ -7,7 +7,7 @@ of devices.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from vgjax.flow.path import sample_keys
 from vgjax.losses.mean import pair
 from vgjax.losses.term import View, terms
 from vgjax.metrics.psnr import psnr
-from vgjax.objectives.objective import tokenized
-from vgjax.typing import Array, Float, Key, Params, PyTree, UInt8
+from vgjax.nn.codec import from_uint8
+from vgjax.typing import Array, Float, Key, Module, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class VAEObjective:
     `weights` maps the names of files in `vgjax/losses` to the weights of their terms.
     """
 
-    model: Any  # a Linen VAE with `encode` and `decode`
+    model: Module  # a Linen VAE with `encode` and `decode`
     weights: Mapping[str, float] | tuple[tuple[str, float], ...] = (("recon", 1.0), ("kl", 1e-6))
     of_latents: ClassVar[bool] = False
     begins_published: ClassVar[bool] = False
@@ -42,14 +42,11 @@ class VAEObjective:
                 raise UserError(f"objective.weights names the loss {name!r}; choose from {', '.join(terms())}")
 
     @property
-    def codec(self) -> Any:
+    def codec(self) -> Module:
         return self.model
 
     def base(self) -> PyTree:
         return {}
-
-    def texts(self, count: int, tokenizer: Any) -> dict[str, PyTree]:
-        return tokenized(count, tokenizer)
 
     def tokens(self, latents: tuple[int, ...]) -> int:
         return 0
@@ -90,13 +87,3 @@ class VAEObjective:
         spread = jnp.sqrt(reduce(jnp.square(mean - jnp.mean(mean)), "b ... -> b", "mean"))
         seen = {"loss": total, **values, **more, "psnr": psnr(video, recon), "latent_std": spread}
         return jnp.mean(total), {name: pair(value) for name, value in seen.items()}
-
-
-def from_uint8(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
-    """Bytes to floats in [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
-    """Floats in [-1, 1], clipped, to bytes; on the device, so that the host copies a quarter."""
-    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by name then)
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from vgjax.data.storage import writing
 from vgjax.errors import UserError
+from vgjax.typing import Config, Json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = 5 * 10**9  # bytes of a file, as the hub has them
@@ -49,7 +49,7 @@ class Folder:
         return np.fromfile(file, dtype, math.prod(shape), offset=start).reshape(shape)
 
 
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
+def _header(file: Path) -> tuple[int, Json]:
     """Where the tensors of a safetensors file begin, and type, shape and place behind it of each."""
     try:
         with safe_open(file, framework="numpy"):  # which checks that the file is whole
@@ -88,7 +88,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     return {plain[0]: None}
 
 
-def inside(name: Any, file: Path, key: str) -> str:
+def inside(name: object, file: Path, key: str) -> str:
     """`name`, which `key` of `file` gives, where it is one plain name inside the folder; else a `UserError`.
 
     A symbolic link of this name may leave the folder: whoever made it owns the disk, and not whoever wrote the file.
@@ -101,7 +101,7 @@ def inside(name: Any, file: Path, key: str) -> str:
     return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON object, or a `UserError` that says what is wrong with the file."""
     try:
         found = json.loads(path.read_text())
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write(
     folder: Path,
     stem: str,
-    config: Mapping[str, Any],
+    config: Config,
     tensors: Iterator[tuple[str, np.ndarray]],
     shapes: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> None:
@@ -175,7 +175,7 @@ def _save(
             opened.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
-def class_of(config: Mapping[str, Any], where: Path) -> str:
+def class_of(config: Config, where: Path) -> str:
     """The class that a config.json was written by."""
     name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):

@@ -1,7 +1,6 @@
 """HunyuanVideo (2412.03603): LLaVA's Llama reads the prompt in a template, CLIP-L pools it, guidance is embedded."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +11,10 @@ from vgjax.flow import schedule
 from vgjax.flow.path import reverse
 from vgjax.flow.sampling import Settings
 from vgjax.flow.steppers import Velocity
-from vgjax.models.hunyuan_vae import decode_clips, encode_clips
 from vgjax.open.stage import Stage
 from vgjax.open.store import Store
-from vgjax.open.texts import Texts, apply
-from vgjax.typing import Array, Float, PyTree
+from vgjax.open.texts import Encoder, Frozen
+from vgjax.typing import Array, Context, Float, Module, PyTree
 
 # The words that the model was trained with; the first CROP tokens, up to the prompt, are not shown to it.
 TEMPLATE = (
@@ -43,30 +41,12 @@ def settings(store: Store, **given: Any) -> Settings:
     return dataclasses.replace(base, **given)
 
 
-def clean(text: str) -> str:
-    """A prompt as the encoders take it."""
-    return text
-
-
-def texts(store: Store, prompts: Sequence[str]) -> Texts:
-    """Llama's states of the prompts in their template, those of the template cut off; CLIP's pooled vectors."""
-    return *states(store, prompts), pooled(store, prompts)
-
-
-def states(store: Store, prompts: Sequence[str]) -> tuple[Float[np.ndarray, "b m d"], np.ndarray]:
-    """Llama's hidden states of the prompts in their template, and which of them are real."""
-    ids, mask = store.tokens("tokenizer", [TEMPLATE.format(text) for text in prompts], CROP + LENGTH)
-    blocks = store.published("text_encoder")["num_hidden_layers"] - SKIPPED
-    with store.here(), store.model("text_encoder", blocks=blocks, norm=False) as (model, params, _):
-        c = apply(model, params, ids, mask)
-    return c[:, CROP:], mask[:, CROP:]
-
-
-def pooled(store: Store, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
-    """CLIP's pooled vector of the prompts. It attends to all positions, padding too, as published."""
-    ids, mask = store.tokens("tokenizer_2", prompts, POOLED_LENGTH)
-    with store.here(), store.model("text_encoder_2") as (model, params, _):
-        return apply(model, params, ids, np.ones_like(mask))[1]
+def conditioner(store: Store) -> Frozen:
+    """Llama's states of the prompts in their template, those of the template cut off; CLIP's pooled vectors, which
+    attend to padding too, as published."""
+    llama = Encoder("text_encoder", LENGTH, template=TEMPLATE, crop=CROP, skipped=SKIPPED)
+    clip = Encoder("text_encoder_2", POOLED_LENGTH, gives="pooled", padded=True)
+    return Frozen({"text": (store, llama), "pooled": (store, clip)})
 
 
 def stages(store: Store, use: Settings) -> list[Stage]:
@@ -74,28 +54,19 @@ def stages(store: Store, use: Settings) -> list[Stage]:
     return [Stage("transformer", schedule.published(store.scheduler, use.steps, use.shift, whole=True), use.cfg[0])]
 
 
-def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> PyTree:
+def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> Context:
     """Nothing: a text-to-video model."""
     if image is not None:
         raise UserError(f"{store.folder} makes videos of text alone: leave --image out")
-    return ()
+    return Context({})
 
 
-def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int, given: PyTree) -> Velocity:
-    """The velocity of the prompts."""
-    c, mask, vec = texts
+def velocity(model: Module, variables: PyTree, context: Context) -> Velocity:
+    """The velocity of a Context."""
+    text, told = context.text["text"], [context.scalars["guidance"]] if model.guidance else []
 
     def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
         t = jnp.broadcast_to(t, x.shape[:1])
-        told = (jnp.full(t.shape, guidance, jnp.float32),) if model.guidance else ()
-        return model.apply(variables, x, t, c, mask, vec, *told), memory
+        return model.apply(variables, x, t, *text, context.vec, *told), memory
 
     return reverse(network)
-
-
-encode, decode = encode_clips, decode_clips
-
-
-def finished(x: Float[Array, "b t h w z"], given: PyTree) -> Float[Array, "b t h w z"]:
-    """The latents as they are."""
-    return x

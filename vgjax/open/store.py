@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,9 +25,10 @@ from vgjax.nn import lora
 from vgjax.objectives.finetune import Lora
 from vgjax.open import folders
 from vgjax.open.published import clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
-from vgjax.parallel import distributed, sharding
+from vgjax.parallel import sharding
+from vgjax.parallel.layouts import Placement
 from vgjax.training import checkpoint
-from vgjax.typing import Dtype, PyTree
+from vgjax.typing import Config, Dtype, Json, PyTree
 
 INDEX = "model_index.json"
 # class of a config.json: (our module, the file of its names, stem of its safetensors)
@@ -44,7 +45,7 @@ READERS: dict[str, tuple[type[nn.Module], ModuleType, str]] = {
 }
 
 
-def index_of(folder: Path) -> dict[str, Any]:
+def index_of(folder: Path) -> Json:
     """The model_index.json of a pipeline; a `UserError` where a key could not be a folder inside it."""
     found = folders.read_json(folder / INDEX)
     for name in found:
@@ -60,6 +61,17 @@ def parts_of(folder: Path) -> dict[str, str]:
 
 def tokenized(folder: Path, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask by a tokenizer of transformers, from its files alone: padded and cut to `length`."""
+    options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    found = _tokens(folder, texts, **options)
+    return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
+
+
+def counted(folder: Path, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, whole."""
+    return [len(ids) for ids in _tokens(folder, texts, verbose=False)["input_ids"]]
+
+
+def _tokens(folder: Path, texts: Sequence[str], **options: Any) -> Any:
     import transformers
 
     try:
@@ -68,20 +80,13 @@ def tokenized(folder: Path, texts: Sequence[str], length: int) -> tuple[np.ndarr
         alone = (folder / "spiece.model").is_file() and not said
         kind = transformers.T5Tokenizer if alone else transformers.AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
-        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
-        whole = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+        return tokenizer(list(texts), **options)
     except Exception as error:  # damaged files raise what they like there, a bare Exception too
         said = " ".join(str(error).split())
         raise UserError(f"{folder} holds no tokenizer that transformers can use ({said}): download it again") from error
-    if cut := [count for count in whole if count > length]:
-        distributed.note(
-            f"{len(cut)} of {len(whole)} texts are longer than the {length} tokens that {folder.name} keeps (up to "
-            f"{max(cut)}): the rest of them is left out"
-        )
-    return found["input_ids"].astype(np.int32), found["attention_mask"].astype(bool)
 
 
-def reader(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], ModuleType, str]:
+def reader(config: Config, where: Path) -> tuple[type[nn.Module], ModuleType, str]:
     """The row of `READERS` for a config.json."""
     name = folders.class_of(config, where)
     if name not in READERS:
@@ -94,7 +99,7 @@ def of_model(module: nn.Module) -> ModuleType:
     return next(file for known, file, _ in READERS.values() if known is type(module))
 
 
-def fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+def fields(config: Config, where: Path) -> Json:
     """Our module's fields, of a config.json."""
     try:
         return reader(config, where)[1].published(config)
@@ -118,7 +123,7 @@ class Tuned:
     component: str
     lora: Lora | None = None
     weights: str = "ema"
-    sample: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sample: Config = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +136,24 @@ class Store:
 
     folder: Path
     dtype: Dtype = jnp.float32
-    where: tuple[Any, Any] | None = None
+    where: Placement | None = None
     tuned: Tuned | None = None
 
     @property
-    def index(self) -> dict[str, Any]:
+    def index(self) -> Json:
         return index_of(self.folder)
 
     @property
-    def scheduler(self) -> dict[str, Any]:
+    def scheduler(self) -> Json:
         return folders.read_json(self.folder / "scheduler" / "scheduler_config.json")
 
-    def published(self, name: str) -> dict[str, Any]:
+    def meta(self, name: str) -> Json:
+        """What a model's checkpoint says of it."""
+        return checkpoint.meta(self.folder / name)
+
+    def published(self, name: str) -> Json:
         """The config.json that a model was published with."""
-        return checkpoint.meta(self.folder / name)["published"]
+        return self.meta(name)["published"]
 
     def here(self) -> contextlib.AbstractContextManager:
         """Makes the layout the active one."""
@@ -162,7 +171,7 @@ class Store:
         """Ids and mask by a tokenizer of transformers, from its files alone: padded and cut to `length`."""
         return tokenized(self.folder / name, texts, length)
 
-    def module(self, config: Mapping[str, Any], name: str, **changed: Any) -> nn.Module:
+    def module(self, config: Config, name: str, **changed: int | bool) -> nn.Module:
         """Our module of a published config, with some fields changed."""
         cls, *_ = reader(config, self.folder / name)
         own = fields(config, self.folder / name) | changed
@@ -171,7 +180,7 @@ class Store:
         return cls(**own, dtype=self.dtype)
 
     @contextlib.contextmanager
-    def model(self, name: str, **changed: Any) -> Iterator[tuple[nn.Module, PyTree, dict[str, Any]]]:
+    def model(self, name: str, **changed: int | bool) -> Iterator[tuple[nn.Module, PyTree, Json]]:
         """What `read` gives; the parameters are gone after it."""
         module, params, meta = self.read(name, **changed)
         try:
@@ -180,7 +189,7 @@ class Store:
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
 
-    def read(self, name: str, **changed: Any) -> tuple[nn.Module, PyTree, dict[str, Any]]:
+    def read(self, name: str, **changed: int | bool) -> tuple[nn.Module, PyTree, Json]:
         """(module with some fields changed, its parameters, its checkpoint's meta).
 
         With fewer `blocks` than were published the first of them are taken. A model that was finetuned is read from
@@ -212,7 +221,7 @@ class Store:
         placed = jax.tree.map(lambda leaf: leaf.sharding, params)
         return jax.jit(functools.partial(lora.merged, dtype=dtype), out_shardings=placed)(params, own)
 
-    def apart(self, name: str, **changed: Any) -> tuple[nn.Module, PyTree, PyTree | None, dict[str, Any]]:
+    def apart(self, name: str, **changed: int | bool) -> tuple[nn.Module, PyTree, PyTree | None, Json]:
         """(module, its parameters, scaled adapters that a run learned beside them or None, its checkpoint's meta)."""
         step = checkpoint.newest(self.folder / name)
         meta = checkpoint.meta(step)
@@ -230,7 +239,7 @@ class Store:
     def _read(self, path: Path, item: str, boxed: PyTree) -> PyTree:
         """The leaves of a checkpoint's only model that `boxed` names, each in its place."""
 
-        def place(_: dict[str, Any], stored: PyTree) -> PyTree:
+        def place(_: Json, stored: PyTree) -> PyTree:
             ((kind, stored),) = stored[item].items()
             wanted = jax.tree.map(self._placed, boxed, _within(stored, boxed), is_leaf=_is_box)
             return {item: {kind: wanted}}
@@ -239,7 +248,7 @@ class Store:
         (params,) = tree[item].values()
         return jax.tree.map(_first, params, sharding.unboxed(boxed))
 
-    def _placed(self, box: Any, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def _placed(self, box: sharding.Named, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if self.where is None:
             return stored
         layout, mesh = self.where
@@ -247,7 +256,7 @@ class Store:
         return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
 
-def _is_box(leaf: Any) -> bool:
+def _is_box(leaf: PyTree) -> bool:
     return isinstance(leaf, sharding.Named)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from einops import rearrange
 
 from vgjax.errors import UserError
-from vgjax.typing import PyTree
+from vgjax.typing import Config, Dtype, Json, PyTree
 
 FLOATS = ("float32", "bfloat16", "float16")
 STRIP = 64  # bytes of a row that are written before the next row's
@@ -119,7 +119,7 @@ def merge(theirs: str, ours: str, bias: bool = True) -> Table:
     return table | ({f"{theirs}.bias": Part(f"{ours}/bias")} if bias else {})
 
 
-def expect(config: Mapping[str, Any], **wanted: Any) -> None:
+def expect(config: Config, **wanted: object) -> None:
     """A `UserError` where a published config asks for another architecture than the one that is written here."""
     for key, value in wanted.items():
         found = config.get(key, value)
@@ -138,15 +138,15 @@ class Entry(NamedTuple):
     places: list[tuple[Part, tuple[int, ...]]]
 
 
-def flat(tree: PyTree) -> dict[str, Any]:
+def flat(tree: PyTree) -> Json:
     """Leaves by their path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def nested(leaves: Mapping[str, Any]) -> PyTree:
+def nested(leaves: Config) -> PyTree:
     """The dicts in which leaves lie at their path."""
-    tree: dict[str, Any] = {}
+    tree: Json = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")
         functools.reduce(lambda inner, folder: inner.setdefault(folder, {}), folders, tree)[name] = leaf
@@ -160,7 +160,7 @@ def entries(table: Table, tree: PyTree) -> list[Entry]:
         parts, axis = (held.parts, held.axis) if isinstance(held, Joined) else ((held,), 0)
         for part in parts:
             assert part.leaf in leaves, f"the weight table of {name} names {part.leaf}, which the model does not have"
-        layers: Any = range(leaves[parts[0].leaf].shape[0]) if "{}" in name else (None,)
+        layers = range(leaves[parts[0].leaf].shape[0]) if "{}" in name else (None,)
         for layer in layers:
             places = [(part, tuple(i for i in (layer, part.at) if i is not None)) for part in parts]
             shapes = [_shape(part, leaves[part.leaf].shape[len(at) :]) for part, at in places]
@@ -209,7 +209,7 @@ def mismatches(
     return said
 
 
-def dtypes(table: Table, tree: PyTree, given: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+def dtypes(table: Table, tree: PyTree, given: Mapping[str, tuple[tuple[int, ...], str]]) -> Json:
     """The type of each leaf that keeps every bit: that of its tensors; a `UserError` where they differ."""
     found: dict[str, dict[str, str]] = {}
     for entry in entries(table, tree):
@@ -250,7 +250,7 @@ def leaves(table: Table, wanted: PyTree, read: Callable[[str], np.ndarray]) -> I
         yield path, _spread(room, getattr(leaf, "sharding", None))
 
 
-def _room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _room(shape: tuple[int, ...], dtype: Dtype) -> np.ndarray:
     """Memory mapped for one leaf: it goes back when the leaf does, and JAX on CPUs takes over what begins at a page."""
     count = math.prod(shape)
     room = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -259,7 +259,7 @@ def _room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer(room, dtype, count).reshape(shape)
 
 
-def _spread(ours: np.ndarray, sharding: Any) -> jax.Array:
+def _spread(ours: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(ours)
     return jax.make_array_from_callback(ours.shape, sharding, lambda index: ours[index])
@@ -290,7 +290,9 @@ def copied(to: np.ndarray, of: np.ndarray) -> np.ndarray:
     return whole
 
 
-def export(table: Table, tree: PyTree, read: Callable[[str], Any] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def export(
+    table: Table, tree: PyTree, read: Callable[[str], np.ndarray] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors, one after the other; of an abstract tree `read` brings a leaf, which is held while it is used."""
     bring = read or flat(tree).__getitem__
     uses = Counter(part.leaf for entry in entries(table, tree) for part, _ in entry.places)

@@ -1,10 +1,13 @@
 """Training on from a converted folder: what its models are, and what a run made of one of them."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import ClassVar
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vgjax.errors import UserError
@@ -13,7 +16,10 @@ from vgjax.objectives.finetune import Lora
 from vgjax.open import folders, hunyuan_video, wan
 from vgjax.open.families import family_of, is_open
 from vgjax.open.store import Store, Tuned, fields, reader
+from vgjax.open.texts import Frozen
+from vgjax.parallel.layouts import Placement
 from vgjax.training import checkpoint
+from vgjax.typing import Config, Context, Dtype, Json, Module, Tokens
 
 NAMED = {"hunyuan_video": hunyuan_video, "wan": wan}  # as a config calls them
 
@@ -51,6 +57,49 @@ def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, Co
     return ConfigDict(whole), ConfigDict({"model": {"kind": kind, **of_vae}}), stats_of(meta["stats"])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captions:
+    """The conditioner of a finetuning: its family's encoders, in the folder that it began with.
+
+    The shapes are those that the model takes: a plan has no folder.
+    """
+
+    folder: Path
+    family: ModuleType
+    model: Module
+    dtype: Dtype
+    where: Placement | None = None
+    frozen: ClassVar[bool] = True
+
+    @property
+    def encoders(self) -> Frozen:
+        """Those of the folder."""
+        return self.family.conditioner(Store(self.folder, self.dtype, self.where))
+
+    def __call__(self, captions: Sequence[str], keep: bool = True) -> Context:
+        """Rows of the captions."""
+        return self.encoders(captions, keep)
+
+    def abstract(self, count: int) -> Context:
+        """The shapes of so many rows."""
+        shape, pooled = (count, self.family.LENGTH), getattr(self.model, "pooled_dim", None)
+        c = jax.ShapeDtypeStruct((*shape, self.model.text_dim), np.float32)
+        vec = None if pooled is None else jax.ShapeDtypeStruct((count, pooled), np.float32)
+        return Context({"text": Tokens(c, jax.ShapeDtypeStruct(shape, bool))}, vec)
+
+    def placed(self, where: Placement | None) -> "Captions":
+        """The same on a placement."""
+        return dataclasses.replace(self, where=where)
+
+    def cut(self, captions: Sequence[str]) -> list[str]:
+        """What is to be said of captions that are longer than what is read of them."""
+        return self.encoders.cut(captions)
+
+    def identity(self) -> str:
+        """sha256 of all that its rows depend on beside the captions."""
+        return self.encoders.identity()
+
+
 def served(store: Store, name: str) -> tuple[float, float]:
     """The part of time, from 0 noise to 1 data, that a model of the folder serves: one of two experts, or all."""
     boundary = store.index.get("boundary_ratio")
@@ -75,12 +124,18 @@ def tuned(run: Path, weights: str = "ema") -> tuple[Path, Tuned] | None:
         )
     folders.inside(config["component"], run, "component of its config")
     section = {key: plain(value) for key, value in config["lora"].items()}
+    adapters = Lora(**section) if section["rank"] else None
+    return folder, Tuned(step, config["component"], adapters, weights, sampled(config))
+
+
+def sampled(config: Config) -> Json:
+    """How a finetuning is sampled unless something else is said: as its config says, the video that it learned."""
     data, said = config["data"], {key: plain(value) for key, value in config.get("sample", {}).items()}
-    said |= {"frames": data["frames"], "size": tuple(data["size"])} | ({"fps": data["fps"]} if data.get("fps") else {})
-    return folder, Tuned(step, config["component"], Lora(**section) if section["rank"] else None, weights, said)
+    said |= {"frames": data["frames"], "size": tuple(data["size"])}
+    return said | ({"fps": data["fps"]} if data.get("fps") else {})
 
 
-def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:
+def merge(folder: Path, run: Tuned, to: Path, dtype: Dtype = None) -> None:
     """Writes into `to` the model that a run trained, adapters merged, in the types it was published in or `dtype`.
 
     The sum is fp32 and rounded once. In bf16 that is to within 2^-8 of each number: of adapters that change a kernel
@@ -97,6 +152,6 @@ def merge(folder: Path, run: Tuned, to: Path, dtype: Any = None) -> None:
         kept.save(0, {"ema": {kind: params}}, said, wait=True)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Hashable values for frozen dataclasses: lists (as JSON stores tuples) become tuples."""
     return tuple(map(plain, value)) if isinstance(value, list | tuple) else value

@@ -7,10 +7,8 @@ times are per frame (2.2's 5B), as the first latent frame itself, at the time of
 import dataclasses
 import html
 import re
-from collections.abc import Sequence
 from typing import Any
 
-import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +20,15 @@ from vgjax.flow import schedule
 from vgjax.flow.path import reverse
 from vgjax.flow.sampling import Settings
 from vgjax.flow.steppers import Velocity
-from vgjax.nn.codec import decode_stream, encode_stream, stats_of, to_unit
-from vgjax.objectives.vae import from_uint8
+from vgjax.nn.codec import encode_stream, from_uint8, stats_of, to_unit
 from vgjax.open import folders
 from vgjax.open.stage import Stage
 from vgjax.open.store import Store
-from vgjax.open.texts import Texts, apply
+from vgjax.open.texts import Encoder, Frozen
 from vgjax.parallel.distributed import fetch
-from vgjax.typing import Array, Float, Params, PyTree, UInt8
+from vgjax.typing import Array, Context, Float, Known, Module, PyTree, Tokens, UInt8
 
-LENGTH = 512  # tokens of a prompt
+LENGTH, IMAGE = 512, "image"  # tokens of a prompt; the stream of an image's tokens
 # What the authors guide away from, published with the models.
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
@@ -59,15 +56,10 @@ def two(store: Store) -> bool:
     return store.index.get("boundary_ratio") is not None and store.has("transformer_2")
 
 
-def texts(store: Store, prompts: Sequence[str]) -> Texts:
-    """umT5's states of the prompts."""
-    ids, mask = store.tokens("tokenizer", prompts, LENGTH)
-    with store.here(), store.model("text_encoder") as (model, params, _):
-        return apply(model, params, ids, mask), mask, None
-
-
 def clean(text: str) -> str:
     """A prompt as the models were trained to see it: broken Unicode mended, HTML undone, white space single."""
+    import ftfy  # here: a sixth of a second, for whoever reads a prompt
+
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text))).strip()).strip()
 
 
@@ -86,33 +78,44 @@ def stages(store: Store, use: Settings) -> list[Stage]:
     ]
 
 
-def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> PyTree:
-    """What of an image the model is given: `{"behind"}` channels, `{"tokens"}`, or the `{"first"}` latent frame."""
+def conditioner(store: Store) -> Frozen:
+    """umT5's states of the prompts."""
+    return Frozen({"text": (store, Encoder("text_encoder", LENGTH))}, clean)
+
+
+def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[int, int]) -> Context:
+    """What of an image the model is given: channels behind the latents, a stream of tokens, or the first latent
+    frame."""
     takes = "ImageToVideo" in store.index["_class_name"]
     if takes != (image is not None):
         raise UserError(
             f"{store.folder} {'starts from an image: give --image' if takes else 'takes no image: leave --image out'}"
         )
     if image is None:
-        return {}
+        return Context({})
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS)
     pixels = from_uint8(jnp.asarray(resized)[None, None])
     each = store.index.get("expand_timesteps")
     video = np.asarray(pixels) if each else np.pad(pixels, ((0, 0), (0, frames - 1), *((0, 0),) * 3))
     with store.here(), store.model("vae") as (vae, params, meta):
-        mean, _ = encode(vae, params, store.put(video))
+        mean, _ = encode_stream(vae, params, store.put(video), vae.time_factor)
         mean, behind = fetch(mean), vae.time_factor
     z = np.asarray(to_unit(jnp.asarray(mean), stats_of(meta["stats"])))
     if each:
-        return {"first": z}
+        shape = vae.latent_shape(frames, *size)
+        rest = np.zeros((1, shape[0] - 1, *shape[1:]), np.float32)
+        clean_frames = (np.arange(shape[0]) == 0).astype(np.float32)
+        known = Known(np.concatenate([z, rest], axis=1), repeat(clean_frames, "t -> 1 t 1 1 1"))
+        return Context({}, known=known)
     shown = (np.arange(z.shape[1]) == 0).astype(np.float32)
     mask = repeat(shown, "t -> 1 t h w r", h=z.shape[2], w=z.shape[3], r=behind)
-    given = {"behind": np.concatenate([mask, z], axis=-1)}
+    given = Context({}, channels=np.concatenate([mask, z], axis=-1))
     if store.has("image_encoder"):
         blocks = store.published("image_encoder")["num_hidden_layers"] - 1
         with store.here(), store.model("image_encoder", blocks=blocks, norm=False) as (model, params, _):
             tokens_of = jax.jit(model.apply)({"params": params}, store.put(seen(store, image)))
-            given["tokens"] = fetch(tokens_of).astype(np.float32)
+            tokens = fetch(tokens_of).astype(np.float32)
+        given = given._replace(text={IMAGE: Tokens(tokens, np.ones(tokens.shape[:2], bool))})
     return given
 
 
@@ -132,46 +135,18 @@ def seen(store: Store, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "
     return ((x - np.array(config["image_mean"], np.float32)) / np.array(config["image_std"], np.float32))[None]
 
 
-def velocity(model: Any, variables: PyTree, texts: PyTree, guidance: float | int, given: PyTree) -> Velocity:
-    """The velocity of the prompts, with what is given of an image. The zeros behind a text are attended to."""
-    c, *_ = texts
+def velocity(model: Module, variables: PyTree, context: Context) -> Velocity:
+    """The velocity of a Context. The zeros behind a text are attended to."""
+    c, known = context.text["text"].c, context.known
+    rest = (None, None, context.text[IMAGE].c) if IMAGE in context.text else ()
 
     def network(x: Float[Array, "b t h w z"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
         t = jnp.broadcast_to(t, x.shape[:1])
-        rest = ()
-        if "behind" in given:
-            x = jnp.concatenate(
-                [x, jnp.broadcast_to(given["behind"], (*x.shape[:-1], given["behind"].shape[-1]))], axis=-1
-            )
-        if "tokens" in given:
-            rest = (
-                None,
-                None,
-                jnp.broadcast_to(given["tokens"], (len(x), *given["tokens"].shape[1:])),
-            )
-        if "first" in given:
-            x = finished(x, given)
-            clean = jnp.arange(x.shape[1]) == 0  # their level 0: no noise
-            t = jnp.where(clean, 0.0, t[:, None])
+        if context.channels is not None:
+            x = jnp.concatenate([x, context.channels], axis=-1)
+        if known is not None:
+            x = jnp.where(known.mask > 0, known.latents, x)
+            t = jnp.where(known.mask[:, :, 0, 0, 0] > 0, 0.0, t[:, None])  # their level 0: no noise
         return model.apply(variables, x, t, c, jnp.ones(c.shape[:2], bool), *rest), memory
 
     return reverse(network)
-
-
-def encode(
-    vae: Any, params: Params, video: Float[Array, "b t h w 3"]
-) -> tuple[Float[Array, "b s i j z"], Float[Array, "b s i j z"]]:
-    """Mean and log-variance of the latents, a latent frame at a time."""
-    return encode_stream(vae, params, video, vae.time_factor)
-
-
-def decode(vae: Any, params: Params, z: Float[Array, "b s i j z"]) -> Float[Array, "b t h w c"]:
-    """Video of the latents, one latent frame at a time, so that memory does not grow with its length."""
-    return decode_stream(vae, params, z, 1)
-
-
-def finished(x: Float[Array, "b t h w z"], given: PyTree) -> Float[Array, "b t h w z"]:
-    """The latents, the given first frame in its place."""
-    if "first" not in given:
-        return x
-    return jnp.concatenate([jnp.broadcast_to(given["first"], (len(x), *given["first"].shape[1:])), x[:, 1:]], axis=1)

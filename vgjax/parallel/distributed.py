@@ -18,15 +18,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax import errors
 from vgjax.errors import CRASH, HUNG, PeerLost, UserError
+from vgjax.typing import Json, PyTree
+
+T = TypeVar("T")
 
 VARIABLES = ("VGJAX_COORDINATOR", "VGJAX_PROCESSES", "VGJAX_PROCESS")
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
@@ -59,7 +62,7 @@ def single(program: str) -> None:
         )
 
 
-def _initialize(*where: Any) -> None:
+def _initialize(*where: object) -> None:
     told = f"VGJAX_COORDINATOR={':'.join(map(str, where[:1])) or 'auto'}"
     try:
         jax.distributed.initialize(*where, heartbeat_timeout_seconds=HEARTBEAT)
@@ -83,7 +86,7 @@ def _fail_alone() -> None:
             time.sleep(LAST_WORDS)
         os._exit(code)
 
-    def crash(*error: Any) -> None:
+    def crash(*error: object) -> None:
         sys.__excepthook__(*error)
         leave(CRASH)
 
@@ -129,7 +132,7 @@ def peak() -> str:
     return "peak memory: " + ", ".join(said)
 
 
-def preflight(config: dict[str, Any], versions: dict[str, str], mesh: Any) -> str:
+def preflight(config: Json, versions: dict[str, str], mesh: Mesh) -> str:
     """One line on devices, mesh and versions; UserError where a process has other code or config than the first."""
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     devices = {"local devices": jax.local_device_count(), "compiler flags": flags}
@@ -173,7 +176,7 @@ def first() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
-def agreed(decide: Callable[[], Any]) -> Any:
+def agreed(decide: Callable[[], T]) -> T:
     """What process 0 decides, as JSON has it, on all processes of the job, which call this together.
 
     A `UserError` of its decision is raised on all of them, so that the job ends with one exit code.
@@ -248,15 +251,15 @@ class Watchdog:
                 errors.leave(HUNG) if jax.process_count() > 1 else os._exit(HUNG)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> PyTree:
     """The tree as numpy arrays on every process, wherever its parts lie."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, gathered(leaves))
 
 
-def gathered(leaves: Sequence[Any]) -> Iterator[np.ndarray]:
+def gathered(leaves: Sequence[PyTree]) -> Iterator[np.ndarray]:
     """The leaves in order as numpy arrays on every process, at most `GATHERED` bytes of them at a time."""
-    ready: dict[int, Any] = {}
+    ready: dict[int, PyTree] = {}
     for i, leaf in enumerate(leaves):
         if i not in ready and not _near(leaf):
             far = [j for j in range(i, len(leaves)) if not _near(leaves[j])]
@@ -268,7 +271,7 @@ def gathered(leaves: Sequence[Any]) -> Iterator[np.ndarray]:
         yield np.asarray(ready.pop(i, leaf))
 
 
-def streamed(leaves: Sequence[Any]) -> Iterator[Iterable[np.ndarray]]:
+def streamed(leaves: Sequence[PyTree]) -> Iterator[Iterable[np.ndarray]]:
     """What `gathered` gives, but a leaf of more than `GATHERED` bytes in parts: its rows in order, some at a time."""
     large = [not _near(leaf) and leaf.nbytes > GATHERED for leaf in leaves]
     small = gathered([leaf for leaf, is_large in zip(leaves, large, strict=True) if not is_large])
@@ -292,5 +295,5 @@ def _parts(leaf: jax.Array) -> Iterator[np.ndarray]:
         yield np.asarray(whole).view(leaf.dtype)
 
 
-def _near(leaf: Any) -> bool:
+def _near(leaf: PyTree) -> bool:
     return getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated

@@ -7,7 +7,7 @@ The only file that knows the mesh axes: `data` (replicas, across slices), `fsdp`
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
@@ -18,6 +18,7 @@ from vgjax.attention.parallel import Parallel
 from vgjax.attention.ring import Ring
 from vgjax.attention.ulysses import Ulysses
 from vgjax.errors import UserError
+from vgjax.typing import Attention
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 REST = -1  # the size of an axis that takes all devices which the others leave
@@ -50,7 +51,7 @@ class Layout:
     sequence: int = 1
     tensor: int = 1
     rules: Rules = BATCH
-    attention: Callable[[], Any] = lambda: Parallel(Full())
+    attention: Callable[[], Attention] = lambda: Parallel(Full())
 
     def shape(self, devices: int, slices: int = 1, **asked: int) -> dict[str, int]:
         """The size of each axis; a UserError where an `asked` size (0: unasked) does not fit.
@@ -129,6 +130,13 @@ class Layout:
         return tuple(axis for axis in first if mesh.shape[axis] > 1)
 
 
+class Placement(NamedTuple):
+    """Where arrays lie: a layout on a mesh."""
+
+    layout: Layout
+    mesh: Mesh
+
+
 LAYOUTS = {
     "dp": Layout(data=REST),
     "fsdp": Layout(fsdp=REST, rules=(*BATCH, *state("fsdp"))),
@@ -159,9 +167,7 @@ LAYOUTS = {
 }
 
 
-def find(
-    kind: str, devices: int = 0, data: int = 0, fsdp: int = 0, sequence: int = 0, tensor: int = 0
-) -> tuple[Layout, Mesh]:
+def find(kind: str, devices: int = 0, data: int = 0, fsdp: int = 0, sequence: int = 0, tensor: int = 0) -> Placement:
     """A layout by name on the first `devices` devices (0: all of them), with its own axis sizes or other ones."""
     present = jax.devices()
     if devices > len(present):
@@ -176,7 +182,7 @@ def find(
             f"config.layout.devices={devices} leaves some of the {jax.process_count()} processes without a device: use "
             "0 for all of them"
         )
-    return layout, layout.mesh(chosen, data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+    return Placement(layout, layout.mesh(chosen, data=data, fsdp=fsdp, sequence=sequence, tensor=tensor))
 
 
 def named(kind: str) -> Layout:

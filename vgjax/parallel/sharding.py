@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,11 +18,25 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax.errors import UserError
-from vgjax.typing import Array, PyTree
+from vgjax.typing import Array, Dtype, PyTree
 
 LARGE = 16 * 2**20  # bytes: what a layout fails to split is an error above this
 
-_active: contextvars.ContextVar[tuple[Any, Mesh] | None] = contextvars.ContextVar("layout", default=None)
+
+@runtime_checkable
+class Specs(Protocol):
+    """What is asked of a layout."""
+
+    def spec(self, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+        """Where the dims of an array lie, by their logical names."""
+
+    def unsplit(
+        self, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    ) -> tuple[tuple[str, int], str] | None:
+        """((dim, its size), axis) where an array should be split and cannot be, or None."""
+
+
+_active: contextvars.ContextVar[tuple[Specs, Mesh] | None] = contextvars.ContextVar("layout", default=None)
 
 
 class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -31,13 +45,13 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
     Not `nn.LogicallyPartitioned`: that one constrains on `unbox` and breaks under Explicit axes.
     """
 
-    value: Any
+    value: PyTree
     names: tuple[str | None, ...] = struct.field(pytree_node=False)
 
-    def unbox(self) -> Any:
+    def unbox(self) -> PyTree:
         return self.value
 
-    def replace_boxed(self, val: Any) -> "Named":
+    def replace_boxed(self, val: PyTree) -> "Named":
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict) -> "Named":
@@ -50,7 +64,7 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
 def named(init: Callable[..., Array], *names: str | None) -> Callable[..., Named]:
     """An initializer whose result carries logical names: `self.param("kernel", named(init, "embed", "mlp"), shape)`."""
 
-    def boxed(*args: Any, **kwargs: Any) -> Named:
+    def boxed(*args: object, **kwargs: object) -> Named:
         value = init(*args, **kwargs)
         assert len(names) == value.ndim, f"{len(names)} names {names} for shape {value.shape}"
         return Named(value, names)
@@ -59,7 +73,7 @@ def named(init: Callable[..., Array], *names: str | None) -> Callable[..., Named
 
 
 @contextlib.contextmanager
-def use(layout: Any, mesh: Mesh) -> Iterator[Mesh]:
+def use(layout: Specs, mesh: Mesh) -> Iterator[Mesh]:
     """Makes `layout` on `mesh` the active one; entry points only."""
     token = _active.set((layout, mesh))
     try:
@@ -132,26 +146,26 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
 
 
-def rows(total: int, layout: Any, mesh: Mesh) -> tuple[int, int]:
+def rows(total: int, layout: Specs, mesh: Mesh) -> tuple[int, int]:
     """(first, end) of the rows of a global batch that this process' devices need."""
     sharding = NamedSharding(mesh, layout.spec(("batch",), (total,), mesh))
     parts = [part[0].indices(total)[:2] for part in sharding.addressable_devices_indices_map((total,)).values()]
     return min(first for first, _ in parts), max(end for _, end in parts)
 
 
-def place(batch: PyTree, layout: Any, mesh: Mesh, total: int = 0) -> PyTree:
+def place(batch: PyTree, layout: Specs, mesh: Mesh, total: int = 0) -> PyTree:
     """A host batch as global arrays of `total` rows (0: its own), split over the layout's `batch` axes.
 
     In a job of several processes each brings its `rows` alone.
     """
 
-    def one(leaf: Any) -> Array:
+    def one(leaf: PyTree) -> Array:
         count = total or leaf.shape[0]
         first, _ = rows(count, layout, mesh) if count != leaf.shape[0] else (0, count)
         shape = (count, *leaf.shape[1:])
         sharding = NamedSharding(mesh, layout.spec(("batch",) + (None,) * (leaf.ndim - 1), shape, mesh))
 
-        def part(index: tuple[slice, ...]) -> Any:
+        def part(index: tuple[slice, ...]) -> PyTree:
             start, stop, _ = index[0].indices(count)
             return leaf[start - first : stop - first]
 
@@ -163,7 +177,7 @@ def place(batch: PyTree, layout: Any, mesh: Mesh, total: int = 0) -> PyTree:
 def put(tree: PyTree, where: PyTree) -> PyTree:
     """The tree, which every process holds, as global arrays of these shardings."""
 
-    def one(leaf: Any, at: NamedSharding) -> Array:
+    def one(leaf: PyTree, at: NamedSharding) -> Array:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, at, lambda index: host[index])
 
@@ -181,13 +195,13 @@ def unboxed(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, Named) else leaf, tree, is_leaf=_is_box)
 
 
-def shardings(tree: PyTree, layout: Any, mesh: Mesh) -> PyTree:
+def shardings(tree: PyTree, layout: Specs, mesh: Mesh) -> PyTree:
     """NamedShardings of a boxed (abstract) tree, one a leaf of `unboxed(tree)`; leaves without names are replicated.
 
     A UserError where the layout splits leaves of these names, none of the dims divides, and what stays whole is large.
     """
 
-    def one(path: tuple, leaf: Any) -> NamedSharding:
+    def one(path: tuple, leaf: PyTree) -> NamedSharding:
         if not isinstance(leaf, Named):
             return NamedSharding(mesh, PartitionSpec())
         shape, missed = leaf.value.shape, layout.unsplit(leaf.names, leaf.value.shape, mesh)
@@ -205,14 +219,14 @@ def shardings(tree: PyTree, layout: Any, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_box)
 
 
-def abstract(tree: PyTree, where: tuple[Any, Mesh] | None, dtype: Any = None) -> PyTree:
+def abstract(tree: PyTree, where: tuple[Specs, Mesh] | None, dtype: Dtype = None) -> PyTree:
     """A boxed (abstract) tree without its boxes, where (layout, mesh) has it, in a type of its own if one is given."""
 
-    def one(leaf: Any, at: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+    def one(leaf: PyTree, at: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=at)
 
     return jax.tree.map(one, unboxed(tree), *([shardings(tree, *where)] if where else []))
 
 
-def _is_box(leaf: Any) -> bool:
+def _is_box(leaf: PyTree) -> bool:
     return isinstance(leaf, Named)

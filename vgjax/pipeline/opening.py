@@ -1,5 +1,6 @@
 """From a path to a Pipeline, by what lies there."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,8 +11,11 @@ from vgjax.open import tune
 from vgjax.open.families import is_open
 from vgjax.open.store import Store
 from vgjax.parallel import layouts
+from vgjax.parallel.layouts import Placement
 from vgjax.pipeline import published, trained
+from vgjax.pipeline.codec import Codec
 from vgjax.pipeline.pipeline import Pipeline
+from vgjax.typing import Conditioner, Params, PyTree
 
 
 def load(path: str | Path, weights: str | None = None, layout: str = "", devices: int = 0) -> Pipeline:
@@ -41,3 +45,40 @@ def of_store(store: Store, layout: str, devices: int) -> Pipeline:
     where = layouts.find(layout, devices) if layout else None
     placed = Store(store.folder, experiment.compute_dtype("auto"), where, store.tuned)
     return published.pipeline(placed)
+
+
+def codec_of(built: experiment.Experiment, frozen: PyTree, where: Placement) -> Codec:
+    """The VAE under a training: a frozen one, or that of the folder of open weights."""
+    if built.objective.begins_published:
+        return published.codec_of(folder_of(built, where))
+    return trained.codec_of(built.vae, frozen, where, built.objective.model)
+
+
+def folder_of(built: experiment.Experiment, where: Placement) -> Store:
+    """The converted folder that a finetuning began with, in the type in which `vgjax.encode` has it too."""
+    return Store(Path(built.config.weights), experiment.compute_dtype("auto"), where)
+
+
+def of_training(
+    built: experiment.Experiment,
+    frozen: PyTree,
+    where: Placement,
+    encoders: Conditioner | None,
+    ema: Params,
+) -> tuple[Codec, Pipeline | None]:
+    """(codec, pipeline) of averaged parameters in a running training; no pipeline for a VAE.
+
+    encoders: frozen ones, that have read what will be asked.
+    """
+    objective, config = built.objective, built.config
+    if not objective.of_latents:
+        held = {"vae": ema["vae"], "stats": trained.unscaled(built.vae)}
+        return trained.codec_of(built.vae, held, where), None
+    if objective.begins_published:
+        live = {config.component: (objective.model, objective.variables(frozen | ema))}
+        pipeline = published.pipeline(folder_of(built, where), live, tune.sampled(config.to_dict()))
+    else:
+        pipeline = trained.pipeline(trained.Run(built, ema, frozen), where)
+    if encoders:
+        pipeline = dataclasses.replace(pipeline, prompts=dataclasses.replace(pipeline.prompts, conditioner=encoders))
+    return pipeline.codec, pipeline

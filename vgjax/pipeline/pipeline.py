@@ -1,4 +1,4 @@
-"""A pipeline: conditioner, stages of models, codec and defaults; the one thing that is sampled.
+"""A pipeline: what reads prompts, stages of models, codec and defaults; the one thing that is sampled.
 
 pipeline = load("runs/quickstart/dit")       # or a converted folder, or a run that was finetuned from one
 videos = pipeline(["a red circle moves left"], seed=0, steps=24, cfg=3.0)  # uint8 [n, t, h, w, 3]
@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,62 +19,61 @@ from vgjax.flow import guidance
 from vgjax.flow.path import noise, retimed, seeded, stepper_keys
 from vgjax.flow.sampling import Settings
 from vgjax.flow.schedule import Schedule
-from vgjax.flow.steppers import State, advance, named
+from vgjax.flow.steppers import State, Velocity, advance, named
 from vgjax.nn.codec import check_finite
 from vgjax.parallel import sharding
 from vgjax.parallel.distributed import fetch
-from vgjax.typing import Array, Bool, Float, PyTree, UInt8
+from vgjax.parallel.layouts import Placement
+from vgjax.pipeline.codec import Codec
+from vgjax.typing import Array, Conditioner, Context, Float, PyTree, UInt8
 
 
-class Context(NamedTuple):
-    """What velocities are conditioned on, on the host.
+class Contexts(NamedTuple):
+    """What samples are guided towards, and away from (None without guidance): rows on the host."""
 
-    texts and negative (None without guidance): rows of one sample each; given: of an image, the same for all samples.
+    context: Context
+    negative: Context | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts and an image to Contexts.
+
+    negative: what is guided away from unless something else is said. image: of an image or None, frames and a size,
+    what a model takes of it: a Context of one row. tells: whether the model is told the scale of guidance.
     """
 
-    texts: PyTree
-    negative: PyTree
-    given: PyTree
-
-
-@runtime_checkable
-class Conditioner(Protocol):
-    """Captions and an image to a Context."""
+    conditioner: Conditioner
+    negative: str
+    image: Callable[[UInt8[np.ndarray, "h w 3"] | None, int, tuple[int, int]], Context]
+    tells: bool
 
     def __call__(
         self, prompts: Sequence[str], use: Settings, negative: str | None, image: UInt8[np.ndarray, "h w 3"] | None
-    ) -> Context:
-        """The Context of prompts, and of a negative one (None: the family's own) where `use` guides."""
+    ) -> Contexts:
+        """The Context of prompts, and that of a negative one where `use` guides."""
+        n, seen = len(prompts), self.image(image, use.frames, use.size)
+        seen = jax.tree.map(lambda row: np.repeat(np.asarray(row), n, axis=0), seen)
+        scalars = {"guidance": np.full(n, use.guidance, np.float32)} if self.tells else {}
+        other = [self.negative if negative is None else negative] * (n if use.guided else 0)
+        both = self.conditioner([*prompts, *other])
 
-    def told_of_cut(self, prompts: Sequence[str]) -> None:
-        """A note on stderr of prompts that are longer than the text that is read."""
+        def rows(these: slice) -> Context:
+            text = jax.tree.map(lambda leaf: leaf[these], both)
+            return seen._replace(text={**text.text, **seen.text}, vec=text.vec, scalars=scalars)
 
-    def finished(self, z: Float[np.ndarray, "n t h w c"], given: PyTree) -> Float[np.ndarray, "n t h w c"]:
-        """The latents with what was given of an image in its place."""
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """A VAE on its devices."""
-
-    def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """`t h w c` of a video's latents; a `UserError` for a video that cannot be made."""
-
-    def decode(
-        self, z: Float[np.ndarray, "n t h w c"], batch: int, tile: int
-    ) -> tuple[UInt8[np.ndarray, "n s i j 3"], Bool[np.ndarray, " n"]]:
-        """(pixels of unit-scale latents, which samples are finite), `batch` videos at a time."""
+        return Contexts(rows(slice(n)), rows(slice(n, None)) if use.guided else None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """A model, the times that it serves and its scale of guidance.
 
-    opened: a context that gives (velocity, variables), where `velocity(variables, texts, guidance, given)` makes a
-    Velocity and is hashable; after it the variables may be gone.
+    opened: a context that gives (velocity, variables), where `velocity(variables, context)` makes a Velocity and is
+    hashable; after it the variables may be gone.
     """
 
-    opened: Callable[[], contextlib.AbstractContextManager[tuple[Callable[..., Any], PyTree]]]
+    opened: Callable[[], contextlib.AbstractContextManager[tuple[Callable[..., Velocity], PyTree]]]
     schedule: Schedule
     cfg: float | int
 
@@ -84,17 +83,17 @@ class Pipeline:
     """A model ready to sample: call it with prompts.
 
     name: of what it is. source: the run or the folder behind it. defaults: of changed options the Settings, or a
-    `UserError` for one that has no effect. stages: of Settings and a latent shape. where: (layout, mesh) of its
-    parameters, None for one device.
+    `UserError` for one that has no effect. prompts: to Contexts. stages: of Settings and a latent shape. where:
+    a placement of its parameters, None for one device.
     """
 
     name: str
-    source: Any
-    conditioner: Conditioner
+    source: object
+    prompts: Prompts
     stages: Callable[[Settings, tuple[int, int, int, int]], list[Stage]]
     codec: Codec
     defaults: Callable[..., Settings]
-    where: tuple[Any, Any] | None = None
+    where: Placement | None = None
 
     def __call__(
         self,
@@ -132,7 +131,7 @@ class Pipeline:
         use: Settings,
         negative: str | None = None,
         image: UInt8[np.ndarray, "h w 3"] | None = None,
-    ) -> Context:
+    ) -> Contexts:
         """What `latents` takes of prompts and an image."""
         if not prompts:
             raise UserError("no prompts to sample: give --prompt or a --prompts file with one prompt a line")
@@ -141,24 +140,24 @@ class Pipeline:
                 "--negative has no effect at --cfg 1, which guides away from nothing: give --cfg above 1 (twice the "
                 "time), or leave --negative out"
             )
-        return self.conditioner(prompts, use, negative, image)
+        return self.prompts(prompts, use, negative, image)
 
     def latents(
         self,
-        context: Context,
+        contexts: Contexts,
         use: Settings,
         seed: int = 0,
         first: int = 0,
         starts: Float[Array, "n t h w c"] | None = None,
     ) -> Float[np.ndarray, "n t h w c"]:
         """Unit-scale latents that noise (or `starts`) becomes, stage by stage, `use.batch` videos at a time."""
-        count = len(jax.tree.leaves(context.texts)[0])
+        count = len(jax.tree.leaves(contexts.context)[0])
         key, index = seeded(seed), first + jnp.arange(count, dtype=jnp.uint32)
         shape = self.codec.latent_shape(use.frames, use.size)
         # On the host: the devices of a layout take nothing that lies on one of them.
         starts = np.asarray(noise(key, index, shape) if starts is None else starts)
         keys = np.asarray(jax.random.key_data(stepper_keys(key, index)))
-        context = jax.tree.map(np.asarray, context)
+        contexts = jax.tree.map(np.asarray, contexts)
         size = min(use.batch, count)
         # The last row again where the last group is short: one compiled size.
         groups = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
@@ -167,15 +166,16 @@ class Pipeline:
         for stage in self.stages(use, shape):
             if len(stage.schedule.times) < 2:
                 continue
-            texts = [context.texts] if stage.cfg == 1.0 else [context.texts, context.negative]
+            sides = [contexts.context] if stage.cfg == 1.0 else list(contexts)
             with self.here(), stage.opened() as (velocity, variables):
                 for i, (rows, (x, state)) in enumerate(zip(groups, each, strict=True)):
-                    both = jax.tree.map(lambda *a, rows=rows: np.concatenate([one[rows] for one in a]), *texts)
+                    both = jax.tree.map(lambda *a, rows=rows: np.concatenate([one[rows] for one in a]), *sides)
                     told = stage.schedule.times, stage.schedule.told
-                    inputs = variables, both, context.given, x, keys[rows], state, *told
+                    inputs = variables, both, x, keys[rows], state, *told
                     each[i] = fetch(follow(velocity, use, stage.cfg, *inputs))
         z = np.concatenate([x for x, _ in each])[:count]
-        return self.conditioner.finished(z, context.given)
+        known = contexts.context.known
+        return z if known is None else np.where(known.mask > 0, known.latents, z)
 
     def here(self) -> contextlib.AbstractContextManager:
         """Makes the layout the active one."""
@@ -184,12 +184,11 @@ class Pipeline:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def follow(
-    velocity: Callable[..., Any],
+    velocity: Callable[..., Velocity],
     use: Settings,
     cfg: float | int,
     variables: PyTree,
-    texts: PyTree,
-    given: PyTree,
+    context: Context,
     x: Array,
     keys: Array,
     state: State | None,
@@ -199,9 +198,10 @@ def follow(
     """`x` from the first to the last of `times`, where the model is told `told` (None: the times), and the stepper's
     state there.
 
-    With guidance the texts are doubled, the prompts first. keys: their data, one a sample; state: None at the start.
+    With guidance the context is doubled, that of the prompts first. keys: their data, one a sample; state: None at the
+    start.
     """
-    v = velocity(variables, texts, use.guidance, given)
+    v = velocity(variables, context)
     v = v if told is None else retimed(v, times, told)
     v = guidance.cfg(v, cfg, use.interval, use.rescale) if cfg != 1.0 else v
     stepper, x = named(use.stepper), x.astype(jnp.float32)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from vgjax.flow.sampling import Settings
 from vgjax.flow.schedule import Schedule
 from vgjax.flow.steppers import Velocity
 from vgjax.flow.time import Shift
-from vgjax.nn.codec import decode_tiled, from_unit
-from vgjax.objectives.objective import Objective
-from vgjax.objectives.vae import to_uint8
-from vgjax.parallel import distributed, layouts, sharding
-from vgjax.pipeline.pipeline import Context, Pipeline, Stage
+from vgjax.nn.codec import LatentStats
+from vgjax.parallel import layouts, sharding
+from vgjax.parallel.layouts import Placement
+from vgjax.pipeline.codec import Codec
+from vgjax.pipeline.frozen import frozen_vae
+from vgjax.pipeline.pipeline import Pipeline, Prompts, Stage
 from vgjax.training import checkpoint
-from vgjax.typing import Array, Bool, Float, Params, PyTree, UInt8
+from vgjax.typing import Context, Json, Module, Objective, Params, PyTree, UInt8
 
 FPS = 24.0  # of samples of a model that was trained on clips at their own rates
 
@@ -39,82 +39,45 @@ class Run:
     step: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tokens:
-    """Captions as tokens; the text encoder is one of the model's parameters."""
-
-    tokenizer: Any
-
-    def __call__(self, prompts: Sequence[str], use: Settings, negative: str | None, image: Any) -> Context:
-        if image is not None:
-            raise UserError("--image: this model makes videos of text alone")
-        read = functools.lru_cache(None)(self.tokenizer)
-        rows = tuple(np.stack(part) for part in zip(*map(read, prompts), strict=True))
-        other = jax.tree.map(lambda row: np.repeat(row[None], len(prompts), axis=0), read(negative or ""))
-        return Context(rows, other if use.guided else None, ())
-
-    def told_of_cut(self, prompts: Sequence[str]) -> None:
-        counts = [self.tokenizer.count(prompt) for prompt in prompts]
-        if cut := [count for count in counts if count > self.tokenizer.length]:
-            distributed.note(
-                f"{len(cut)} of {len(prompts)} prompts are longer than the {self.tokenizer.length} tokens that the "
-                f"model reads (up to {max(cut)}): the rest of them is left out"
-            )
-
-    def finished(self, z: Float[np.ndarray, "n t h w c"], given: PyTree) -> Float[np.ndarray, "n t h w c"]:
-        return z
+def codec_of(vae: Module, frozen: PyTree, where: Placement | None = None, model: Module | None = None) -> Codec:
+    """A frozen VAE, whole on each device of a placement or on one, and the patches that `model` asks of it."""
+    held = functools.partial(contextlib.nullcontext, frozen["vae"])
+    return Codec(vae, held, frozen["stats"], functools.partial(checkpoint.digest, frozen), model, where)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Decoder:
-    """The frozen VAE of a flow, and the patches that the flow asks of its latents."""
-
-    objective: Objective
-    frozen: PyTree
-    where: tuple[Any, Any] | None = None
-
-    def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        shape = self.objective.codec.latent_shape(frames, *size)
-        self.objective.tokens(shape[:3])  # refuses a grid that the patch does not divide
-        return shape
-
-    def decode(
-        self, z: Float[np.ndarray, "n t h w c"], batch: int, tile: int
-    ) -> tuple[UInt8[np.ndarray, "n s i j 3"], Bool[np.ndarray, " n"]]:
-        groups = (z[i : i + batch] for i in range(0, len(z), batch))
-        with sharding.use(*self.where) if self.where else contextlib.nullcontext():
-            videos, finite = zip(*(self._decoded(group, tile) for group in groups), strict=True)
-        return np.concatenate(videos), np.concatenate(finite)
-
-    def _decoded(self, z: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
-        vae, params, stats = self.objective.codec, self.frozen["vae"], self.frozen["stats"]
-        if not tile or tile >= max(z.shape[2:4]):
-            return distributed.fetch(_decode(vae, params, stats, z))
-        frames = decode_tiled(vae, params, from_unit(jnp.asarray(z), stats), tile, tile // 2, fetch=distributed.fetch)
-        return distributed.fetch(pixels(frames))
+def vae_of(path: str | Path, weights: str = "ema", where: Placement | None = None) -> Codec:
+    """The VAE of its own training, whose latents are taken as they are; `weights` is `ema` or `params`."""
+    tree, meta, _ = checkpoint.load(
+        path, items=(weights,), place=lambda _, stored: {weights: sharding.abstract(stored[weights], where)}
+    )
+    built = experiment.build(ConfigDict(meta["config"]))
+    checkpoint.check_leaves(tree[weights], sharding.unboxed(wanted(built)), path)
+    return codec_of(built.vae, {"vae": tree[weights]["vae"], "stats": unscaled(built.vae)}, where)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(vae: Any, params: Params, stats: PyTree, z: Array) -> tuple[Array, Array]:
-    return pixels(vae.apply({"params": params}, from_unit(z, stats), method="decode"))
+def unscaled(vae: Module) -> LatentStats:
+    """Statistics that leave latents as they are."""
+    return LatentStats(jnp.zeros(vae.latent_channels), jnp.ones(vae.latent_channels))
 
 
-def pixels(frames: Float[Array, "b t h w 3"]) -> tuple[UInt8[Array, "b t h w 3"], Bool[Array, " b"]]:
-    """(bytes, which videos are finite), on the device: a quarter to copy."""
-    return to_uint8(jnp.asarray(frames)), jnp.isfinite(frames).all(axis=(1, 2, 3, 4))
+def text_alone(image: UInt8[np.ndarray, "h w 3"] | None, frames: int, size: tuple[int, int]) -> Context:
+    """What a text-to-video model takes of an image."""
+    if image is not None:
+        raise UserError("--image: this model makes videos of text alone")
+    return Context({})
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """The velocity of an objective, as stages make it."""
 
-    objective: Any
+    objective: Objective
 
-    def __call__(self, params: Params, texts: PyTree, guidance: float | int, given: PyTree) -> Velocity:
-        return self.objective.bind(params, *texts, guidance)
+    def __call__(self, params: Params, context: Context) -> Velocity:
+        return self.objective.bind(params, context)
 
 
-def pipeline(run: Run, where: tuple[Any, Any] | None = None) -> Pipeline:
+def pipeline(run: Run, where: Placement | None = None) -> Pipeline:
     """The pipeline of a run, whose parameters lie on `where`."""
     config, objective = run.experiment.config, run.experiment.objective
     settings = settings_of(config)
@@ -130,12 +93,12 @@ def pipeline(run: Run, where: tuple[Any, Any] | None = None) -> Pipeline:
         opened = functools.partial(contextlib.nullcontext, (Bound(objective), run.params))
         return [Stage(opened, schedule_of(objective, use, shape), use.cfg[0])]
 
-    codec = Decoder(objective, run.frozen, where)
-    name = f"{config.model.kind}, step {run.step}"
-    return Pipeline(name, run, Tokens(run.experiment.tokenizer), stages, codec, defaults, where)
+    codec = codec_of(objective.codec, run.frozen, where, objective.model)
+    prompts = Prompts(run.experiment.conditioner, "", text_alone, objective.model.guidance)
+    return Pipeline(f"{config.model.kind}, step {run.step}", run, prompts, stages, codec, defaults, where)
 
 
-def schedule_of(objective: Any, use: Settings, shape: tuple[int, int, int, int]) -> Schedule:
+def schedule_of(objective: Objective, use: Settings, shape: tuple[int, int, int, int]) -> Schedule:
     """Evenly spaced times, moved by the shift for so many tokens."""
     shift = dataclasses.replace(objective.shift, factor=use.shift)
     times = shift(jnp.linspace(0.0, 1.0, use.steps + 1), objective.tokens(shape[:3]))
@@ -162,9 +125,9 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     alone = not layout and jax.process_count() == 1
     if alone and devices:
         raise UserError(f"devices={devices} is of no use without a layout: give one of {', '.join(layouts.LAYOUTS)}")
-    parts: dict[str, Any] = {}
+    parts: Json = {}
 
-    def place(meta: dict[str, Any], tree: PyTree) -> PyTree:
+    def place(meta: Json, tree: PyTree) -> PyTree:
         config = ConfigDict(meta["config"])
         if config.objective.kind != "flow":
             raise UserError(
@@ -172,7 +135,7 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
             )
         config.layout.kind = layout or config.layout.kind
         where = None if alone else layouts.find(config.layout.kind, devices)
-        of_vae, frozen = experiment.frozen_vae(checkpoint.workdir_of(path) / "vae", where)
+        of_vae, frozen = frozen_vae(checkpoint.workdir_of(path) / "vae", where)
         built = experiment.build(config, of_vae)
         needed = wanted(built)
         checkpoint.check_leaves(tree[weights], sharding.unboxed(needed), path)
@@ -191,5 +154,5 @@ def wanted(built: experiment.Experiment) -> PyTree:
         return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), objective.prepare({}, batch)), clip)
     shape = built.vae.latent_shape(data.frames, *data.size)
     # Abstract, so that nothing runs on devices which may be absent.
-    batch = built.texts(1) | {"x": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
+    batch = {"context": built.conditioner.abstract(1), "x": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
     return jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), batch)

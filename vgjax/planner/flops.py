@@ -12,9 +12,10 @@ import jax
 from jax.interpreters import partial_eval
 
 from vgjax.planner import chips
+from vgjax.typing import Dtype, PyTree
 
 
-def peak(device_kind: str, dtype: Any = "bfloat16") -> float | None:
+def peak(device_kind: str, dtype: Dtype = "bfloat16") -> float | None:
     """Peak matmul FLOP/s of one JAX device (`device.device_kind`); None where it is unknown (CPU, other dtypes).
 
     float32 is what JAX's default precision does with it: one bf16 pass on TPUs, TF32 (half of bf16) on GPUs.
@@ -54,7 +55,7 @@ def mmdit_forward(
     return (double_blocks + single_blocks) * (linear + attention) + ends
 
 
-def count(fn: Callable[..., Any], *args: Any) -> float:
+def count(fn: Callable[..., PyTree], *args: PyTree) -> float:
     """FLOPs of the matmuls and convolutions in `fn(*args)`; arguments may be ShapeDtypeStructs, nothing is computed.
 
     Loops count every iteration (`while`, whose length is unknown, one), of a `cond` what runs where it holds. The

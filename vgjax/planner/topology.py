@@ -7,12 +7,11 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from vgjax.errors import UserError
 from vgjax.planner import chips
 from vgjax.planner.chips import Chip
+from vgjax.typing import Config
 
 # name: (name in `chips.CHIPS`, dims of a slice)
 TPUS = {
@@ -50,11 +49,11 @@ class Topology:
     """
 
     name: str
-    devices: tuple[Any, ...]
+    devices: tuple[object, ...]
     chip: Chip
     near: int
     refuses: bool = False
-    quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quick: Config = dataclasses.field(default_factory=dict)
 
 
 def environment() -> None:

@@ -26,7 +26,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +34,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from vgjax.data.storage import MANIFEST, fsync, reason, seal, sealed, verify, writing
 from vgjax.errors import StorageError, UserError
 from vgjax.parallel.distributed import agreed, first, streamed
-from vgjax.typing import PyTree
+from vgjax.typing import Json, PyTree
 
 SUBDIR = "checkpoints"  # of a training workdir
 STATE, META, DAMAGED = "state", "meta.json", "damaged"
@@ -68,7 +67,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: PyTree, meta: dict[str, Any], wait: bool = False) -> None:
+    def save(self, step: int, state: PyTree, meta: Json, wait: bool = False) -> None:
         """Saves `state` as `step`; returns once the arrays are off the devices, so that they may be donated.
 
         Waits for the save before it and raises its StorageError if it failed.
@@ -80,7 +79,7 @@ class Checkpoints:
         if wait:
             self.finish()
 
-    def stream(self, step: int, states: Iterable[dict[str, Any]], meta: dict[str, Any]) -> None:
+    def stream(self, step: int, states: Iterable[Json], meta: Json) -> None:
         """Saves as `step` the nested dicts `states` merged into one, each written while the next is made.
 
         So no more than two of them need be in memory. They are not compressed, which would copy each once more.
@@ -96,7 +95,7 @@ class Checkpoints:
         self._pending = step, self._thread.submit(self._complete, functools.partial(ocp.partial.finalize, target), step)
         self.finish()
 
-    def _begin(self, step: int, meta: dict[str, Any]) -> Path:
+    def _begin(self, step: int, meta: Json) -> Path:
         """The folder of a save in flight, with what it says of itself."""
         part = self._folder(step, UNFINISHED)
         text = json.dumps({**meta, "step": step, "versions": versions()}, indent=1)
@@ -130,7 +129,7 @@ class Checkpoints:
                 raise
             _say(f"error: {late}")  # the error in flight came first, and goes on
 
-    def restore(self, abstract: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int]:
+    def restore(self, abstract: PyTree, step: int | None = None) -> tuple[PyTree, Json, int]:
         """The newest undamaged step (or `step`) as `(state, meta, step)`.
 
         `abstract` is a tree of ShapeDtypeStruct; their shardings may be others than those of the save (default: one
@@ -161,7 +160,7 @@ class Checkpoints:
             _say(f"{_told({folder: damaged[folder]})}; moved to {aside}, using step {int(good.name)}")
         return int(good.name)
 
-    def _complete(self, written: Callable[[], Any], step: int) -> None:
+    def _complete(self, written: Callable[[], object], step: int) -> None:
         """The background half of a save: wait for Orbax, vouch for the files, make it a step, remove old ones."""
         written()
         if jax.process_index() == 0:
@@ -197,8 +196,8 @@ class Checkpoints:
 def load(
     path: str | os.PathLike,
     items: str | Sequence[str] | None = None,
-    place: Callable[[dict[str, Any], PyTree], PyTree] | None = None,
-) -> tuple[PyTree, dict[str, Any], int]:
+    place: Callable[[Json, PyTree], PyTree] | None = None,
+) -> tuple[PyTree, Json, int]:
     """Reads a checkpoint that describes itself: `(tree, meta, step)` of the newest undamaged step, on one device.
 
     `path` is a training workdir, its checkpoint directory or one step; `items` picks top-level entries of the state:
@@ -211,21 +210,21 @@ def load(
     return (tree[items] if isinstance(items, str) else tree), meta, meta["step"]
 
 
-def opened(path: str | os.PathLike, item: str) -> tuple[PyTree, Callable[[str], np.ndarray], dict[str, Any]]:
+def opened(path: str | os.PathLike, item: str) -> tuple[PyTree, Callable[[str], np.ndarray], Json]:
     """What `load` would give of one entry, leaf by leaf: `(abstract tree, what reads the leaf of a path, meta)`."""
     folder, wanted, meta = _stored(path, [item])
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(wanted[item])}
 
     def read(leaf: str) -> np.ndarray:
         # Orbax reads numpy's for numpy's, with a copy less than for JAX's.
-        like: Any = np.broadcast_to(np.zeros((), leaves[leaf].dtype), leaves[leaf].shape)
+        like = np.broadcast_to(np.zeros((), leaves[leaf].dtype), leaves[leaf].shape)
         tree = functools.reduce(lambda inner, name: {name: inner}, reversed([item, *leaf.split("/")]), like)
         return jax.tree.leaves(_load(folder, tree, partial=True))[0]
 
     return wanted[item], read, meta
 
 
-def _stored(path: str | os.PathLike, items: Sequence[str] | None) -> tuple[Path, dict[str, PyTree], dict[str, Any]]:
+def _stored(path: str | os.PathLike, items: Sequence[str] | None) -> tuple[Path, dict[str, PyTree], Json]:
     """The newest undamaged step, the abstract entries of its state that are asked for, and its meta."""
     folder = newest(path)
     stored = ocp.metadata(folder / STATE).metadata
@@ -237,7 +236,7 @@ def _stored(path: str | os.PathLike, items: Sequence[str] | None) -> tuple[Path,
     return folder, {name: wanted[name] for name in names}, json.loads((folder / META).read_text())
 
 
-def meta(path: str | os.PathLike) -> dict[str, Any]:
+def meta(path: str | os.PathLike) -> Json:
     """What the newest undamaged step says of itself. For its arrays too, ask `newest` once and give both its answer."""
     return json.loads((newest(path) / META).read_text())
 
@@ -333,12 +332,12 @@ def _newest_good(
 
 
 @functools.lru_cache(64)
-def _verified(folder: Path, stamp: tuple[tuple[Any, ...], ...]) -> tuple[str, ...]:
+def _verified(folder: Path, stamp: tuple[tuple[object, ...], ...]) -> tuple[str, ...]:
     """The faults of a step whose files are those of `stamp`."""
     return tuple(verify(folder))
 
 
-def _stamp(folder: Path) -> tuple[tuple[Any, ...], ...]:
+def _stamp(folder: Path) -> tuple[tuple[object, ...], ...]:
     """What changes when a file of the folder is written, replaced or removed."""
     found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
     return tuple((path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found)
@@ -349,7 +348,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py"))
 
 
-def _add(target: Path, state: dict[str, Any]) -> None:
+def _add(target: Path, state: Json) -> None:
     context = ocp.Context()
     context.array.saving.use_compression = False
     with context:
@@ -359,7 +358,7 @@ def _add(target: Path, state: dict[str, Any]) -> None:
 def _read(folder: Path, abstract: PyTree, partial: bool = False) -> PyTree:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    def placed(leaf: PyTree) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
     tree = _load(folder, jax.tree.map(placed, abstract), partial)
@@ -401,7 +400,7 @@ def _leaves(tree: PyTree) -> dict[str, str]:
     }
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: tuple[object, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vgjax.data.storage import replace, writing
-from vgjax.typing import Array, Float, UInt8
+from vgjax.typing import Array, Float, Json, PyTree, UInt8
 
 # tensorboardX loads torch wherever it finds it, more than a second of each start, and needs it for nothing used here.
 _torch = sys.modules.get("torch")
@@ -76,7 +75,7 @@ class Log:
 
     def step(
         self, step: int, metrics: dict[str, Float[Array, "2"]], counts: Callable[[], dict[str, int]] = dict
-    ) -> dict[str, Any] | None:
+    ) -> Json | None:
         """Takes the (sum, count) pairs of one step without waiting for them; the record on steps that are logged.
 
         `counts` are asked for only then.
@@ -105,7 +104,7 @@ class Log:
         yield
         self.paused += time.perf_counter() - start
 
-    def flush(self, counts: Mapping[str, int] | None = None) -> dict[str, Any] | None:
+    def flush(self, counts: Mapping[str, int] | None = None) -> Json | None:
         """Waits for the device and writes the means since the last flush; None when there was no step."""
         if not self.pending:
             return None
@@ -157,7 +156,7 @@ class Log:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def _append(self, name: str, record: Json) -> None:
         with open(self.workdir / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -176,7 +175,7 @@ class Log:
             rates["mfu"] = self.flops / step / self.peak
         return rates
 
-    def _show(self, record: dict[str, Any], count: int) -> None:
+    def _show(self, record: Json, count: int) -> None:
         told = {
             name: value for name, value in record.items() if name != "step" and "/" not in name
         }  # loss, not loss/t3
@@ -202,7 +201,7 @@ def keep_until(path: Path, step: int) -> None:
     replace(path, b"".join(kept))
 
 
-def _mean(pairs: list[Any]) -> float | None:
+def _mean(pairs: list[PyTree]) -> float | None:
     """The mean over (sum, count) pairs; None, which is JSON's null, when it is not a finite number."""
     total, count = np.sum(np.asarray(pairs, np.float64), axis=0)
     return float(total / count) if count and math.isfinite(total / count) else None

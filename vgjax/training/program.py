@@ -7,7 +7,6 @@ import os
 import re
 import uuid
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -106,7 +105,7 @@ def _parse(argv: list[str], usage: str) -> tuple[ConfigDict, flags.FlagValues]:
     return config, flagset
 
 
-def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tuple[str, str, Any]]]:
+def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tuple[str, str, object]]]:
     """(flags of keys that the file has, and all else; section, option and value of those it leaves alone)."""
     rest, added = [], []
     for arg in (re.sub(r"^--?config\.layout=", "--config.layout.kind=", arg) for arg in args):
@@ -126,7 +125,7 @@ def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tupl
     return rest, added
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -5,7 +5,6 @@ step's randomness is `fold_in(seed, step)`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgjax.parallel import sharding
 from vgjax.training.players import Player
-from vgjax.typing import Array, Key, Params, PyTree
+from vgjax.typing import Array, Key, Learnable, Params, PyTree
 
 
 class TrainState(struct.PyTreeNode):
@@ -24,12 +23,12 @@ class TrainState(struct.PyTreeNode):
     The same structure holds arrays, their abstract shapes or their shardings.
     """
 
-    step: Any  # int32
+    step: PyTree  # int32
     params: Params
     opt: PyTree
     ema: Params
-    dropped: Any  # int32 of 2: non-finite steps in a row up to now, and in all
-    seed: Any  # int32; uint32 of 2, the high word first, where 31 bits do not hold it
+    dropped: PyTree  # int32 of 2: non-finite steps in a row up to now, and in all
+    seed: PyTree  # int32; uint32 of 2, the high word first, where 31 bits do not hold it
 
 
 def key_of(seed: Array) -> Key:
@@ -45,7 +44,7 @@ def _leaf(seed: int) -> Array:
 
 
 def builder(
-    objective: Any, players: Sequence[Player], seed: int, example: PyTree, layout: Any, mesh: Mesh
+    objective: Learnable, players: Sequence[Player], seed: int, example: PyTree, layout: sharding.Specs, mesh: Mesh
 ) -> tuple[TrainState, Callable[..., TrainState]]:
     """(abstract state with shardings, function that makes the initial state born with them, of parameters if given).
 
@@ -88,7 +87,7 @@ def _like(params: Params, of_params: PyTree, opt: PyTree) -> PyTree:
     leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(of_params), strict=True)
     known = {(path, leaf.shape): sharding for (path, leaf), sharding in leaves}
 
-    def one(path: tuple, leaf: Any) -> NamedSharding | None:
+    def one(path: tuple, leaf: PyTree) -> NamedSharding | None:
         tails = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
         return next((sharding for sharding in tails if sharding is not None), None)
 

@@ -6,7 +6,6 @@ the step number and the two counters of dropped steps move on. Multiplying an up
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ from einops import rearrange
 from vgjax.losses.mean import pair
 from vgjax.training.players import Player
 from vgjax.training.state import TrainState, key_of
-from vgjax.typing import Array, Float, Key, Params, PyTree
+from vgjax.typing import Array, Float, Key, Learnable, Params, PyTree
 
 Learned = tuple[Params, PyTree, Params]  # a player's parameters, optimizer state and average
 Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]
 
 
-def make(objective: Any, players: Sequence[Player], abstract: TrainState, accumulate: int = 1) -> Step:
+def make(objective: Learnable, players: Sequence[Player], abstract: TrainState, accumulate: int = 1) -> Step:
     """The compiled `step(state, frozen, batch) -> (state, metrics)`.
 
     `batch` comes raw from the loader, with its leading dim divisible by `accumulate`; `frozen` are parameters that no
@@ -60,7 +59,7 @@ def make(objective: Any, players: Sequence[Player], abstract: TrainState, accumu
 
 
 def _learn(
-    objective: Any,
+    objective: Learnable,
     player: Player,
     own: Learned,
     everyone: Params,
@@ -87,7 +86,7 @@ def _learn(
 
 
 def _at_its_turn(
-    player: Player, learn: Callable[..., Any], own: Learned, step: Array
+    player: Player, learn: Callable[..., PyTree], own: Learned, step: Array
 ) -> tuple[Learned, tuple[dict[str, Array], Array]]:
     """`learn` at the player's steps; at the others nothing is computed, and its metrics count nothing."""
     _, (seen, _) = jax.eval_shape(learn, own)
@@ -97,7 +96,7 @@ def _at_its_turn(
 
 
 def _gradients(
-    objective: Any, player: str, params: Params, batch: PyTree, key: Key, accumulate: int
+    objective: Learnable, player: str, params: Params, batch: PyTree, key: Key, accumulate: int
 ) -> tuple[Float[Array, ""], Params, dict[str, Array]]:
     """Mean loss, its gradient and summed metrics over `accumulate` equal micro-batches."""
 

@@ -1,14 +1,12 @@
 """CLIPTextModel and CLIPVisionModel of transformers: which of their fields and tensors are which of ours."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from vgjax.errors import UserError
 from vgjax.models.clip import ACTS, EPS, CLIPText, CLIPVision
 from vgjax.open.tables import Part, Table, expect, heads, linear, merge, mlp, norm
+from vgjax.typing import Config, Json
 
 PREFIXES = (None, "")  # of the names in files: as published, and as transformers 5 writes them
 # What a file may hold beyond the tensors of an encoder.
@@ -26,7 +24,7 @@ def inputs(model: CLIPText | CLIPVision) -> tuple[jax.ShapeDtypeStruct, ...]:
     return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of transformers' CLIPTextModel or CLIPVisionModel."""
     expect(config, layer_norm_eps=EPS)
     if config.get("hidden_act") not in ACTS:

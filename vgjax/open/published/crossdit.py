@@ -1,14 +1,12 @@
 """WanTransformer3DModel of diffusers: which of its fields and tensors are which of CrossDiT's."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from vgjax.models.crossdit import CrossDiT
 from vgjax.nn import rope
 from vgjax.open.tables import Part, Table, expect, heads, linear, merge, mlp, norm
+from vgjax.typing import Config, Json
 
 
 def inputs(model: CrossDiT) -> tuple[jax.ShapeDtypeStruct | None, ...]:
@@ -20,7 +18,7 @@ def inputs(model: CrossDiT) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     return (*given, None, None, jax.ShapeDtypeStruct((1, 1, model.image_dim), jnp.float32))
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of diffusers' WanTransformer3DModel."""
     expect(
         config, qk_norm="rms_norm_across_heads", cross_attn_norm=True, eps=1e-6, freq_dim=256, pos_embed_seq_len=None

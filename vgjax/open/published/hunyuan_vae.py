@@ -1,14 +1,13 @@
 """AutoencoderKLHunyuanVideo of diffusers: which of its fields and tensors are which of HunyuanVAE's."""
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vgjax.models.hunyuan_vae import HunyuanVAE, strides
 from vgjax.open.tables import Part, Table, expect, norm
+from vgjax.typing import Config, Json
 
 
 def inputs(model: HunyuanVAE) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -16,7 +15,7 @@ def inputs(model: HunyuanVAE) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (jax.ShapeDtypeStruct((1, 1, model.space_factor, model.space_factor, 3), jnp.float32),)
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of diffusers' AutoencoderKLHunyuanVideo."""
     expect(config, in_channels=3, out_channels=3, act_fn="silu", mid_block_add_attention=True)
     return dict(
@@ -29,7 +28,7 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+def stats(config: Config) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the latents of a published config.json."""
     channels = config["latent_channels"]
     return [0.0] * channels, [1.0 / config["scaling_factor"]] * channels

@@ -1,13 +1,11 @@
 """LlamaModel and LlamaForCausalLM of transformers: which of their fields and tensors are which of Llama's."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from vgjax.models.llama import Llama
 from vgjax.open.tables import Part, Table, expect, heads, linear, merge, norm
+from vgjax.typing import Config, Json
 
 PREFIXES = ("", "model.")  # of the names in files of LlamaModel, and of LlamaForCausalLM
 IGNORED = ("lm_head.",)  # scores of the next token: nothing is generated
@@ -18,7 +16,7 @@ def inputs(model: Llama) -> tuple[jax.ShapeDtypeStruct, ...]:
     return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of transformers' LlamaModel."""
     expect(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
     rope_of = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -1,8 +1,5 @@
 """HunyuanVideoTransformer3DModel of diffusers: which of its fields and tensors are which of MMDiT's."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +7,7 @@ import numpy as np
 from vgjax.models.mmdit import MMDiT
 from vgjax.nn import rope
 from vgjax.open.tables import Joined, Part, Table, expect, heads, linear, merge, mlp, norm
+from vgjax.typing import Config, Json
 
 
 def inputs(model: MMDiT) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -19,7 +17,7 @@ def inputs(model: MMDiT) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(shape, jnp.bool_ if i == 3 else jnp.float32) for i, shape in enumerate(shapes))
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of diffusers' HunyuanVideoTransformer3DModel."""
     expect(config, qk_norm="rms_norm", image_condition_type=None, out_channels=config["in_channels"])
     return dict(
@@ -47,7 +45,7 @@ def weights(model: MMDiT) -> Table:
         "proj_out.weight": _patches(model, "velocity/kernel", "d (p q r c) -> (c p q r) d"),
         "proj_out.bias": _patches(model, "velocity/bias", "(p q r c) -> (c p q r)"),
     }
-    swapped: Any = dict(order=("s", lambda n: np.arange(n)[::-1]), sizes=(("s", 2),))  # theirs: scale, then shift
+    swapped: Json = dict(order=("s", lambda n: np.arange(n)[::-1]), sizes=(("s", 2),))  # theirs: scale, then shift
     table["norm_out.linear.weight"] = Part("modulation/linear/kernel", "d (s e) -> (s e) d", **swapped)
     table["norm_out.linear.bias"] = Part("modulation/linear/bias", "(s e) -> (s e)", **swapped)
     table |= _of_embed("time_text_embed.timestep_embedder", "time/mlp")

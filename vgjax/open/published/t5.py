@@ -1,13 +1,11 @@
 """T5EncoderModel and UMT5EncoderModel of transformers: which of their fields and tensors are which of T5Encoder's."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from vgjax.models.t5 import BUCKETS, REACH, T5Encoder
 from vgjax.open.tables import Part, Table, expect, heads, linear, merge, norm
+from vgjax.typing import Config, Json
 
 # What a file may hold beyond the tensors of the encoder.
 IGNORED: tuple[str, ...] = (
@@ -23,7 +21,7 @@ def inputs(model: T5Encoder) -> tuple[jax.ShapeDtypeStruct, ...]:
     return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of transformers' T5EncoderModel or UMT5EncoderModel."""
     expect(config, feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
     expect(config, relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=REACH)

@@ -1,14 +1,13 @@
 """AutoencoderKLWan of diffusers: which of its fields and tensors are which of WanVAE's, and its latent statistics."""
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vgjax.models.wan_vae import WanVAE
 from vgjax.open.tables import Part, Table, expect
+from vgjax.typing import Config, Json
 
 
 def inputs(model: WanVAE) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -16,7 +15,7 @@ def inputs(model: WanVAE) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (jax.ShapeDtypeStruct((1, 1, model.space_factor, model.space_factor, 3), jnp.float32),)
 
 
-def published(config: Mapping[str, Any]) -> dict[str, Any]:
+def published(config: Config) -> Json:
     """Our fields, of a config.json of diffusers' AutoencoderKLWan."""
     patch = config.get("patch_size") or 1
     expect(config, attn_scales=[], in_channels=3 * patch**2, out_channels=3 * patch**2, dropout=0.0)
@@ -32,7 +31,7 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+def stats(config: Config) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the latents of a published config.json."""
     return list(config["latents_mean"]), list(config["latents_std"])
 
@@ -46,7 +45,7 @@ def weights(model: WanVAE) -> Table:
         for i in range(2):
             table |= _of_block(f"{half}.mid_block.resnets.{i}", f"{half}/block_mid_{i}")
     # Theirs has the pixels of a patch column by column.
-    patch: Any = dict(sizes=(("p", model.patch), ("q", model.patch)))
+    patch: Json = dict(sizes=(("p", model.patch), ("q", model.patch)))
     table["encoder.conv_in.weight"] = Part("encoder/conv_in/kernel", "t h w (c p q) o -> o (c q p) t h w", **patch)
     table["decoder.conv_out.weight"] = Part("decoder/conv_out/kernel", "t h w i (c p q) -> (c q p) i t h w", **patch)
     table["decoder.conv_out.bias"] = Part("decoder/conv_out/bias", "(c p q) -> (c q p)", **patch)
