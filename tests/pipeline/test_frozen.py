@@ -63,8 +63,15 @@ def digest(printed):
     return re.search(r"state digest (\w{64})", printed)[1]
 
 
+def test_parts_of_a_folder_are_converted_alone_and_unknown_ones_are_named(home, tmp_path):
+    published = home / "wan" / "published"
+    found = {path.name for path in (home / "wan" / "converted").iterdir() if path.is_dir()}
+    assert found >= {"vae", "text_encoder", "tokenizer"} and "transformer" not in found
+    with pytest.raises(UserError, match="--only nobody: .* names .*text_encoder"):
+        convert.convert(published, tmp_path / "to", None, None, ("vae", "nobody"))
+
+
 def test_it_learns_and_what_a_folder_lacks_is_not_missed(home, straight):
-    assert not (home / "wan" / "converted" / "transformer").exists()
     assert np.mean(straight[1][-4:]) < 0.9 * np.mean(straight[1][:4])
     latents, texts = Latents(home / "latents"), Embeddings(home / "latents")
     rows = texts([latents.load(0)[1], ""])
