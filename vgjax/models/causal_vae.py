@@ -54,6 +54,8 @@ class CausalVAE(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
+    rows = 32  # clips at a time on a device: their frames are taken at once
+
     def setup(self) -> None:
         levels = len(self.multipliers)
         if len(self.time) != levels - 1 or len(self.space) != levels - 1:

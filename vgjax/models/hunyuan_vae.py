@@ -46,6 +46,8 @@ class HunyuanVAE(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
+    rows = 1  # clips at a time on a device, as published: it streams them
+
     def setup(self) -> None:
         wrong = [width for width in self.channels if width % self.groups]
         if wrong:

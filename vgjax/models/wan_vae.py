@@ -49,6 +49,8 @@ class WanVAE(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
+    rows = 1  # clips at a time on a device, as published: it streams them
+
     def setup(self) -> None:
         if len(self.time) != len(self.multipliers) - 1 or not set(self.time) <= {1, 2}:
             raise UserError(

@@ -53,11 +53,12 @@ class Codec:
 
     @contextlib.contextmanager
     def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
-        """(clips at a time, function): as many clips as fit `CLIP_BYTES`, at least one a device, at most `ROWS`."""
+        """(clips at a time, function): as many clips as fit `CLIP_BYTES`, at least one a device, at most `ROWS`, and
+        of a VAE that streams one a device."""
         with self.here(), self.held() as params:
             degree = sharding.degree("batch") if self.where else 1
             fit = max(1, CLIP_BYTES // (4 * 3 * frames * math.prod(size)))
-            batch = max(degree, min(ROWS, fit * degree) // degree * degree)
+            batch = max(degree, min(ROWS, min(fit, self.vae.rows) * degree) // degree * degree)
             if self.where:
                 params = sharding.replicate(params, self.where[1])
 
