@@ -92,8 +92,10 @@ def test_a_write_that_fails_leaves_the_latents_that_were_there(folder):
         def read(self, captions, writer):
             raise RuntimeError("stop")
 
+    codec = Means()
     with pytest.raises(RuntimeError, match="stop"):
-        ensured(folder, Broken(Means()))
+        ensured(folder, Broken(codec))
+    assert not codec.seen  # an encoder that fails is noticed before any clip is encoded
     there = Latents(folder.parent / "latents")
     assert [float(there.load(i)[0].mean()) for i in range(3)] == [value for value, _ in before]
 

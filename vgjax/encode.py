@@ -24,7 +24,6 @@ from vgjax.errors import UserError, check_finite, door
 from vgjax.open.families import family_of, is_open
 from vgjax.open.store import Store
 from vgjax.open.texts import Frozen
-from vgjax.open.tune import Captions
 from vgjax.parallel import distributed, layouts
 from vgjax.pipeline import opening, trained
 from vgjax.pipeline import published as of_folder
@@ -43,7 +42,7 @@ class By:
     """Who makes a set: a codec, and the frozen encoders that read its captions (None: whoever trains on them does)."""
 
     codec: Codec
-    encoders: Frozen | Captions | None = None
+    encoders: Frozen | None = None
 
     def made_by(self) -> dict[str, str]:
         """What the set depends on beside the clips."""
@@ -86,8 +85,10 @@ def ensure(source: Folder, data: ConfigDict, by: By, out: Path, bad_files: Path)
     known = old.contents() if old else {}
     contents = {record: source.content(record) for record in range(len(source))} if known else {}
     kept = {record: known[content] for record, content in contents.items() if content in known}
-    bad, captions = BadFiles(bad_files, names(source), clip.settings), []
+    bad = BadFiles(bad_files, names(source), clip.settings)
     with LatentWriter(out, made_by | {"stamp": stamp}, replace=old is not None) as writer:
+        # The captions first: what is wrong with an encoder is said before hours of clips are encoded.
+        by.read([caption for _, caption in source.records], writer)
         fresh = _encoded(_readable(source, data, bad, kept), by, clip) if len(kept) < len(source) else iter(())
         coming = next(fresh, None)
         for record, (_, caption) in enumerate(source.records):
@@ -98,9 +99,7 @@ def ensure(source: Folder, data: ConfigDict, by: By, out: Path, bad_files: Path)
             else:
                 continue  # it could not be read
             writer.add(latent, caption, record, contents.get(record) or source.content(record))
-            captions.append(caption)
         bad.check(data.get("max_bad", 0.1))
-        by.read(captions, writer)
     taken = f", {len(kept)} of them taken over" if kept else ""
     print(f"encoded {writer.count} of {len(source)} clips into {out}{taken}", flush=True)
 

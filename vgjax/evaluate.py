@@ -32,7 +32,7 @@ from vgjax.metrics import prompt
 from vgjax.metrics.psnr import psnr, ssim
 from vgjax.nn.codec import encode_mean, from_uint8, latent_stats
 from vgjax.open.families import is_open
-from vgjax.parallel import distributed, layouts
+from vgjax.parallel import distributed, layouts, sharding
 from vgjax.parallel.distributed import fetch
 from vgjax.pipeline import trained
 from vgjax.pipeline.codec import Codec
@@ -83,7 +83,7 @@ def losses(pipeline: Pipeline, clips: list[Example], per_bin: int = 2) -> dict[s
     for stage in pipeline.stages(use, x.shape[1:]):
         times = stage.schedule.times
         mine = [(t, n) for t, n in drawn if len(times) > 1 and n not in values and t <= times[-1]]
-        with pipeline.here(), stage.opened() as (velocity, variables):
+        with sharding.within(pipeline.where), stage.opened() as (velocity, variables):
             for t, n in mine:
                 parts = [fetch(_errors(velocity, variables, *group, t, np.uint32(n))) for group in groups]
                 values[n] = float(np.concatenate(parts).mean())

@@ -29,6 +29,7 @@ from vgjax.objectives.finetune import FinetuneObjective, Lora
 from vgjax.objectives.flow import FlowObjective
 from vgjax.objectives.vae import VAEObjective
 from vgjax.open import texts, tune
+from vgjax.open.families import NAMED
 from vgjax.open.store import of_model
 from vgjax.parallel import distributed, layouts
 from vgjax.training import optimizers
@@ -149,8 +150,8 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     frozen = model("config.model", vae.model, dtype)
     if kind == "finetune":
         made = _finetune(config, rest, frozen, dtype)
-        named = Path(config.weights), tune.NAMED[config.objective.family]
-        return Experiment(config, made, tune.Captions(*named, made.model, dtype))
+        named = Path(config.weights), NAMED[config.objective.family]
+        return Experiment(config, made, tune.captions(*named, made.model, dtype))
     conditioner, encoder = text_of(config, dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
     attention = layouts.named(config.layout.kind).attention()
@@ -187,14 +188,14 @@ def _times(config: ConfigDict) -> Json:
 
 def _finetune(config: ConfigDict, rest: Json, vae: Module, dtype: Dtype) -> FinetuneObjective:
     name = rest.pop("family", None)
-    if name not in tune.NAMED:
-        raise UserError(f"config.objective.family={name!r} is unknown: use one of {', '.join(tune.NAMED)}")
+    if name not in NAMED:
+        raise UserError(f"config.objective.family={name!r} is unknown: use one of {', '.join(NAMED)}")
     velocity = model("config.model", config.model, dtype, attention=layouts.named(config.layout.kind).attention())
     given = dict(
         model=velocity,
         text=None,
         vae=vae,
-        velocity_of=tune.NAMED[name].velocity,
+        velocity_of=NAMED[name].velocity,
         inputs=of_model(velocity).inputs,
         lora=call("config.lora", Lora, config.lora) if config.lora.get("rank", 0) else None,
         **_times(config),

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         distributed.note(sentence)
     distributed.say(f"{pipeline.name}: {json.dumps(dataclasses.asdict(use))}")
     if pipeline.where:
-        distributed.say(distributed.preflight(vars(args), checkpoint.versions(), pipeline.where[1]))
+        distributed.say(distributed.preflight(vars(args), checkpoint.versions(), pipeline.where.mesh))
     with distributed.peers():
         videos = pipeline(prompts, args.seed, args.negative, image, **given)
     if jax.process_index() == 0:

@@ -130,7 +130,8 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
     evaluate.plan_of(config)
     shape = built.vae.latent_shape(data.frames, *data.size)
     if objective.begins_published:
-        family_of(Store(Path(config.weights))).settings(Store(Path(config.weights)), **tune.sampled(config.to_dict()))
+        store = Store(Path(config.weights))
+        family_of(store).settings(store, **tune.sampled(config.to_dict()))
     elif objective.of_latents:
         settings_of(config)
     objective.tokens(shape[:3])

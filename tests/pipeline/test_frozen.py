@@ -154,6 +154,15 @@ def test_encode_writes_what_the_training_would_and_a_missing_vae_is_named(home, 
     assert stopped.value.code == errors.USER and "vae" in capsys.readouterr().err
 
 
+def test_encoders_that_were_named_from_here_are_found_from_elsewhere(home, tmp_path, monkeypatch):
+    args = ["--config", "tests/tiny.py:frozen", "--config.vae=wan/converted", "--config.text.path=wan/converted"]
+    config, _, _ = read_config(["train", *args, "--config.text.encoders=('text_encoder',)"], "", workdir=False)
+    monkeypatch.chdir(home)
+    config, of_vae, _ = frozen_of(experiment.resolve(config, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert experiment.build(config, of_vae).conditioner(["a cat"]).tokens == 256
+
+
 @pytest.mark.parametrize("size", ["s", "b"])
 def test_the_config_for_published_parts_is_built(home, tmp_path, size):
     wan = home / "wan" / "converted"

@@ -54,7 +54,7 @@ class CausalVAE(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
-    rows = 32  # clips at a time on a device: their frames are taken at once
+    rows = 32  # clips that are encoded at a time, at most: their frames are taken at once
 
     def setup(self) -> None:
         levels = len(self.multipliers)

@@ -46,7 +46,7 @@ class HunyuanVAE(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
-    rows = 1  # clips at a time on a device, as published: it streams them
+    rows = 1  # clips that are encoded at a time: it streams them, as published
 
     def setup(self) -> None:
         wrong = [width for width in self.channels if width % self.groups]

@@ -49,7 +49,7 @@ class WanVAE(nn.Module):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
-    rows = 1  # clips at a time on a device, as published: it streams them
+    rows = 1  # clips that are encoded at a time: it streams them, as published
 
     def setup(self) -> None:
         if len(self.time) != len(self.multipliers) - 1 or not set(self.time) <= {1, 2}:

@@ -1,7 +1,7 @@
 """What every video codec does: the sizes it takes, the scale of its latents, streams and tiles of it.
 
 A codec is a module with `encode`, `decode`, `time_factor`, `space_factor` and `latent_shape`, and, of its parameters,
-`encode_video` (mean latents of bytes, `rows` clips at a time on a device) and `decode_video`: a video of any length in
+`encode_video` (mean latents of bytes, `rows` clips at a time) and `decode_video`: a video of any length in
 the pieces that its model is made for.
 """
 

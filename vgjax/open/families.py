@@ -9,6 +9,8 @@ from vgjax.open.store import INDEX, Store
 
 FAMILIES = {"HunyuanVideoPipeline": hunyuan_video, "WanPipeline": wan, "WanImageToVideoPipeline": wan}
 
+NAMED = {family.__name__.rpartition(".")[2]: family for family in FAMILIES.values()}  # as configs call them
+
 
 def is_open(path: Path) -> bool:
     """Whether this is a converted folder."""

@@ -155,14 +155,6 @@ class Store:
         """The config.json that a model was published with."""
         return self.meta(name)["published"]
 
-    def here(self) -> contextlib.AbstractContextManager:
-        """Makes the layout the active one."""
-        return sharding.use(*self.where) if self.where else contextlib.nullcontext()
-
-    def put(self, tree: PyTree) -> PyTree:
-        """Host arrays, whole on every device of the layout."""
-        return sharding.replicate(tree, self.where[1]) if self.where else jax.tree.map(jnp.asarray, tree)
-
     def has(self, name: str) -> bool:
         """Whether the folder has this model."""
         return (self.folder / name / checkpoint.SUBDIR).is_dir()
@@ -176,7 +168,7 @@ class Store:
         cls, *_ = reader(config, self.folder / name)
         own = fields(config, self.folder / name) | changed
         if "attention" in cls.__dataclass_fields__ and self.where:
-            own["attention"] = self.where[0].attention()
+            own["attention"] = self.where.layout.attention()
         return cls(**own, dtype=self.dtype)
 
     @contextlib.contextmanager

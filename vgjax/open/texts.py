@@ -22,6 +22,7 @@ from vgjax.models.clip import CLIPText
 from vgjax.models.llama import Llama
 from vgjax.models.t5 import T5Encoder
 from vgjax.open.store import INDEX, Store, counted
+from vgjax.parallel import sharding
 from vgjax.parallel.distributed import fetch
 from vgjax.parallel.layouts import Placement
 from vgjax.training.checkpoint import SUBDIR
@@ -68,16 +69,15 @@ class Encoder:
         return [self.template.format(text) for text in texts]
 
     def widths(self, store: Store) -> tuple[int, int]:
-        """Width of its tokens, and of its pooled vector; 0 for what it does not give."""
+        """Widths of its tokens and of its pooled vector, if it has one."""
         own = store.module(store.published(self.component), self.component)
-        pooled = getattr(own, "projection", None) or own.dim
-        return own.dim * (self.gives != "pooled"), pooled * (self.gives != "tokens")
+        return own.dim, getattr(own, "projection", None) or own.dim
 
     def encoded(self, store: Store, texts: Sequence[str]) -> tuple[Tokens | None, np.ndarray | None]:
         """(tokens `b m e`, zeros behind a text, and which are real; pooled vectors `b p`), None for what is not
         given."""
         ids, mask = store.tokens(self.tokenizer, self.asked(texts), self.crop + self.length)
-        with store.here(), store.model(self.component, **self._changed(store)) as (model, params, _):
+        with sharding.within(store.where), store.model(self.component, **self._changed(store)) as (model, params, _):
             out = apply(model, params, ids, np.ones_like(mask) if self.padded else mask)
         c, vec = out if isinstance(out, tuple) else (out, None)
         if vec is None and self.gives != "tokens":
@@ -101,11 +101,13 @@ class Encoder:
 class Frozen:
     """The conditioner of published encoders: streams of tokens by name, pooled vectors side by side.
 
-    parts: by stream the folder and its encoder. clean: of a text, what they are shown.
+    parts: by stream the folder and its encoder. clean: of a text, what they are shown. widths: of tokens and pooled
+    vectors, where the folder need not be asked.
     """
 
     parts: Mapping[str, tuple[Store, Encoder]]
     clean: Callable[[str], str] = str
+    widths: tuple[int, int] | None = None
     frozen: ClassVar[bool] = True
 
     def __call__(self, captions: Sequence[str], keep: bool = True) -> Context:
@@ -123,9 +125,9 @@ class Frozen:
         """The shapes of so many rows."""
         streams, pooled = {}, 0
         for name, (store, encoder) in self.parts.items():
-            width, of_vector = encoder.widths(store)
-            pooled += of_vector
-            if width:
+            width, of_vector = self.widths or encoder.widths(store)
+            pooled += of_vector if encoder.gives != "tokens" else 0
+            if encoder.gives != "pooled":
                 shape = count, encoder.length
                 c = jax.ShapeDtypeStruct((*shape, width), np.float32)
                 streams[name] = Tokens(c, jax.ShapeDtypeStruct(shape, bool))

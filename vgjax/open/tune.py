@@ -1,27 +1,22 @@
 """Training on from a converted folder: what its models are, and what a run made of one of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vgjax.errors import UserError
 from vgjax.nn.codec import LatentStats, stats_of
 from vgjax.objectives.finetune import Lora
-from vgjax.open import folders, hunyuan_video, wan
-from vgjax.open.families import family_of, is_open
+from vgjax.open import folders
+from vgjax.open.families import NAMED, family_of, is_open
 from vgjax.open.store import Store, Tuned, fields, reader
 from vgjax.open.texts import Frozen
-from vgjax.parallel.layouts import Placement
 from vgjax.training import checkpoint
-from vgjax.typing import Config, Context, Dtype, Json, Module, Tokens
-
-NAMED = {"hunyuan_video": hunyuan_video, "wan": wan}  # as a config calls them
+from vgjax.typing import Config, Dtype, Json, Module
 
 
 def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, ConfigDict, LatentStats]:
@@ -57,47 +52,13 @@ def adopt(config: ConfigDict, kinds: Mapping[type, str]) -> tuple[ConfigDict, Co
     return ConfigDict(whole), ConfigDict({"model": {"kind": kind, **of_vae}}), stats_of(meta["stats"])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Captions:
+def captions(folder: Path, family: ModuleType, model: Module, dtype: Dtype) -> Frozen:
     """The conditioner of a finetuning: its family's encoders, in the folder that it began with.
 
-    The shapes are those that the model takes: a plan has no folder.
+    Their widths are those that the model takes: a plan has no folder.
     """
-
-    folder: Path
-    family: ModuleType
-    model: Module
-    dtype: Dtype
-    where: Placement | None = None
-    frozen: ClassVar[bool] = True
-
-    @property
-    def encoders(self) -> Frozen:
-        """Those of the folder."""
-        return self.family.conditioner(Store(self.folder, self.dtype, self.where))
-
-    def __call__(self, captions: Sequence[str], keep: bool = True) -> Context:
-        """Rows of the captions."""
-        return self.encoders(captions, keep)
-
-    def abstract(self, count: int) -> Context:
-        """The shapes of so many rows."""
-        shape, pooled = (count, self.family.LENGTH), getattr(self.model, "pooled_dim", None)
-        c = jax.ShapeDtypeStruct((*shape, self.model.text_dim), np.float32)
-        vec = None if pooled is None else jax.ShapeDtypeStruct((count, pooled), np.float32)
-        return Context({"text": Tokens(c, jax.ShapeDtypeStruct(shape, bool))}, vec)
-
-    def placed(self, where: Placement | None) -> "Captions":
-        """The same on a placement."""
-        return dataclasses.replace(self, where=where)
-
-    def cut(self, captions: Sequence[str]) -> list[str]:
-        """What is to be said of captions that are longer than what is read of them."""
-        return self.encoders.cut(captions)
-
-    def identity(self) -> str:
-        """sha256 of all that its rows depend on beside the captions."""
-        return self.encoders.identity()
+    widths = model.text_dim, getattr(model, "pooled_dim", 0)
+    return dataclasses.replace(family.conditioner(Store(folder, dtype)), widths=widths)
 
 
 def served(store: Store, name: str) -> tuple[float, float]:

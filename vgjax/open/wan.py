@@ -25,6 +25,7 @@ from vgjax.open import folders
 from vgjax.open.stage import Stage
 from vgjax.open.store import Store
 from vgjax.open.texts import Encoder, Frozen
+from vgjax.parallel import sharding
 from vgjax.parallel.distributed import fetch
 from vgjax.typing import Array, Context, Float, Known, Module, PyTree, Tokens, UInt8
 
@@ -97,8 +98,8 @@ def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[i
     pixels = from_uint8(jnp.asarray(resized)[None, None])
     each = store.index.get("expand_timesteps")
     video = np.asarray(pixels) if each else np.pad(pixels, ((0, 0), (0, frames - 1), *((0, 0),) * 3))
-    with store.here(), store.model("vae") as (vae, params, meta):
-        mean, _ = encode_stream(vae, params, store.put(video), vae.time_factor)
+    with sharding.within(store.where), store.model("vae") as (vae, params, meta):
+        mean, _ = encode_stream(vae, params, sharding.whole(video, store.where), vae.time_factor)
         mean, behind = fetch(mean), vae.time_factor
     z = np.asarray(to_unit(jnp.asarray(mean), stats_of(meta["stats"])))
     if each:
@@ -112,8 +113,11 @@ def condition(store: Store, image: np.ndarray | None, frames: int, size: tuple[i
     given = Context({}, channels=np.concatenate([mask, z], axis=-1))
     if store.has("image_encoder"):
         blocks = store.published("image_encoder")["num_hidden_layers"] - 1
-        with store.here(), store.model("image_encoder", blocks=blocks, norm=False) as (model, params, _):
-            tokens_of = jax.jit(model.apply)({"params": params}, store.put(seen(store, image)))
+        with (
+            sharding.within(store.where),
+            store.model("image_encoder", blocks=blocks, norm=False) as (model, params, _),
+        ):
+            tokens_of = jax.jit(model.apply)({"params": params}, sharding.whole(seen(store, image), store.where))
             tokens = fetch(tokens_of).astype(np.float32)
         given = given._replace(text={IMAGE: Tokens(tokens, np.ones(tokens.shape[:2], bool))})
     return given

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
@@ -81,6 +82,11 @@ def use(layout: Specs, mesh: Mesh) -> Iterator[Mesh]:
             yield mesh
     finally:
         _active.reset(token)
+
+
+def within(where: tuple[Specs, Mesh] | None) -> contextlib.AbstractContextManager:
+    """Makes a placement the active one; with None nothing changes, for one device."""
+    return use(*where) if where else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -188,6 +194,11 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """The tree, which every process holds, whole on every device of all processes."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return put(tree, jax.tree.map(lambda _: everywhere, tree))
+
+
+def whole(tree: PyTree, where: tuple[Specs, Mesh] | None) -> PyTree:
+    """The tree, which every process holds, whole on every device of a placement, or (None) on one device."""
+    return replicate(tree, where[1]) if where else jax.tree.map(jnp.asarray, tree)
 
 
 def unboxed(tree: PyTree) -> PyTree:

@@ -11,11 +11,12 @@ import numpy as np
 
 from vgjax.errors import UserError
 from vgjax.nn.codec import LatentStats, decode_tiled, from_unit, to_uint8, to_unit
+from vgjax.open.texts import padded
 from vgjax.parallel import distributed, sharding
 from vgjax.parallel.layouts import Placement
 from vgjax.typing import Array, Bool, Float, Module, Params, UInt8
 
-ROWS, CLIP_BYTES = 32, 2**28  # clips encoded at a time: at most so many, of so many bytes (fp32) on a device
+CLIP_BYTES = 2**28  # of the clips (fp32) that are encoded at a time on a device
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 clips to mean latents, fp32
 
 
@@ -24,8 +25,8 @@ class Codec:
     """A VAE, and the patches that a transformer asks of its latents (None: nobody asks).
 
     held: a context that gives the parameters; after it they may be gone. stats: of its latents. identity: of all that
-    its latents depend on.
-    overlap: neighbouring tiles share one part in so many. where: a placement, None for one device.
+    its latents depend on. overlap: neighbouring tiles share one part in so many. where: a placement, None for one
+    device.
     """
 
     vae: Module | None
@@ -53,17 +54,15 @@ class Codec:
 
     @contextlib.contextmanager
     def encoder(self, frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Encode]]:
-        """(clips at a time, function): as many clips as fit `CLIP_BYTES`, at least one a device, at most `ROWS`, and
-        of a VAE that streams one a device."""
-        with self.here(), self.held() as params:
+        """(clips at a time, function): as many as fit `CLIP_BYTES`, at most the VAE's `rows`, at least one a device."""
+        with sharding.within(self.where), self.held() as params:
             degree = sharding.degree("batch") if self.where else 1
             fit = max(1, CLIP_BYTES // (4 * 3 * frames * math.prod(size)))
-            batch = max(degree, min(ROWS, min(fit, self.vae.rows) * degree) // degree * degree)
-            if self.where:
-                params = sharding.replicate(params, self.where[1])
+            batch = max(degree, min(self.vae.rows, fit * degree) // degree * degree)
+            params = sharding.whole(params, self.where)
 
             def encode(clips: np.ndarray) -> np.ndarray:
-                rows = np.concatenate([clips, np.repeat(clips[-1:], batch - len(clips), axis=0)])
+                rows = padded(clips, batch)
                 rows = sharding.place(rows, *self.where) if self.where else rows
                 mean = self.vae.encode_video(params, jnp.asarray(rows))
                 return distributed.fetch(mean).astype(np.float32)[: len(clips)]
@@ -92,10 +91,9 @@ class Codec:
 
     def _frames(self, z: np.ndarray, batch: int, tile: int) -> Iterator[Array]:
         scaled = np.asarray(from_unit(jnp.asarray(z), self.local()))
-        with self.here(), self.held() as params:
+        with sharding.within(self.where), self.held() as params:
             for i in range(0, len(z), batch):
-                some = scaled[i : i + batch]
-                some = sharding.replicate(some, self.where[1]) if self.where else jnp.asarray(some)
+                some = sharding.whole(scaled[i : i + batch], self.where)
                 if tile and tile < max(some.shape[2:4]):
                     overlap = tile // self.overlap
                     yield decode_tiled(self.vae, params, some, tile, overlap, fetch=distributed.fetch)
@@ -105,10 +103,6 @@ class Codec:
     def local(self) -> LatentStats:
         """The statistics, where this process computes alone."""
         return LatentStats(*map(jnp.asarray, distributed.fetch(self.stats)))
-
-    def here(self) -> contextlib.AbstractContextManager:
-        """Makes the layout the active one."""
-        return sharding.use(*self.where) if self.where else contextlib.nullcontext()
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -37,12 +37,17 @@ def frozen_of(
     if kind == "flow":
         if config.text.get("kind") == "frozen":
             conditioner, _ = experiment.text_of(config, jnp.float32)
-            config = ConfigDict(
-                config.to_dict() | {"text": {**config.text.to_dict(), "sha256": conditioner.identity()}}
-            )
+            section = absolute(config.text.to_dict()) | {"sha256": conditioner.identity()}
+            config = ConfigDict(config.to_dict() | {"text": section})
         return config, *read(config.vae)
     config, of_vae, stats = tune.adopt(config, experiment.KINDS)
     return config, of_vae, {"stats": stats}
+
+
+def absolute(section: Json) -> Json:
+    """A section with every `path` in it absolute: a checkpoint is sampled from other folders than it was trained in."""
+    whole = {key: absolute(value) if isinstance(value, Mapping) else value for key, value in section.items()}
+    return whole | ({"path": str(Path(whole["path"]).absolute())} if "path" in whole else {})
 
 
 def frozen_vae(path: str | Path, where: Placement | None = None) -> tuple[ConfigDict, PyTree]:
@@ -63,7 +68,7 @@ def frozen_vae(path: str | Path, where: Placement | None = None) -> tuple[Config
     wanted = jax.eval_shape(lambda: sharding.unboxed(vae.init(jax.random.key(0), clip)["params"]))
     checkpoint.check_leaves(tree["ema"]["vae"], wanted, path)
     stats = stats_of(meta["stats"])
-    return config, {"vae": tree["ema"]["vae"], "stats": sharding.replicate(stats, where[1]) if where else stats}
+    return config, {"vae": tree["ema"]["vae"], "stats": sharding.whole(stats, where)}
 
 
 def own_vae(path: str, workdir: Path) -> tuple[ConfigDict, PyTree]:

@@ -25,6 +25,8 @@ def load(path: str | Path, weights: str | None = None, layout: str = "", devices
     the `layout` of this name; see `trained.load` for several processes.
     """
     path = Path(path).absolute()
+    if weights not in (None, "ema", "params"):
+        raise UserError(f"weights={weights!r} is unknown: use ema or params")
     if devices < 0 or (devices and not layout):
         raise UserError(
             f"devices={devices} must be 0 or more, and is of no use alone: give --layout, {', '.join(layouts.LAYOUTS)}"
@@ -32,19 +34,15 @@ def load(path: str | Path, weights: str | None = None, layout: str = "", devices
     if is_open(path):
         if weights:
             raise UserError(f"--weights is for runs trained here: {path} holds what was published")
-        return of_store(Store(path), layout, devices)
-    if found := tune.tuned(path, weights or "ema"):
+        folder, tuned = path, None
+    elif found := tune.tuned(path, weights or "ema"):
         folder, tuned = found
-        return of_store(Store(folder, tuned=tuned), layout, devices)
-    return trained.load(path, weights or "ema", layout, devices)
-
-
-def of_store(store: Store, layout: str, devices: int) -> Pipeline:
+    else:
+        return trained.load(path, weights or "ema", layout, devices)
     if jax.process_count() > 1 and not layout:
         raise UserError(f"several processes sample together by a layout: give --layout, {', '.join(layouts.LAYOUTS)}")
     where = layouts.find(layout, devices) if layout else None
-    placed = Store(store.folder, experiment.compute_dtype("auto"), where, store.tuned)
-    return published.pipeline(placed)
+    return published.pipeline(Store(folder, experiment.compute_dtype("auto"), where, tuned))
 
 
 def codec_of(built: experiment.Experiment, frozen: PyTree, where: Placement) -> Codec:

@@ -167,7 +167,7 @@ class Pipeline:
             if len(stage.schedule.times) < 2:
                 continue
             sides = [contexts.context] if stage.cfg == 1.0 else list(contexts)
-            with self.here(), stage.opened() as (velocity, variables):
+            with sharding.within(self.where), stage.opened() as (velocity, variables):
                 for i, (rows, (x, state)) in enumerate(zip(groups, each, strict=True)):
                     both = jax.tree.map(lambda *a, rows=rows: np.concatenate([one[rows] for one in a]), *sides)
                     told = stage.schedule.times, stage.schedule.told
@@ -176,10 +176,6 @@ class Pipeline:
         z = np.concatenate([x for x, _ in each])[:count]
         known = contexts.context.known
         return z if known is None else np.where(known.mask > 0, known.latents, z)
-
-    def here(self) -> contextlib.AbstractContextManager:
-        """Makes the layout the active one."""
-        return sharding.use(*self.where) if self.where else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

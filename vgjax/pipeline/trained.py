@@ -94,7 +94,7 @@ def pipeline(run: Run, where: Placement | None = None) -> Pipeline:
         return [Stage(opened, schedule_of(objective, use, shape), use.cfg[0])]
 
     codec = codec_of(objective.codec, run.frozen, where, objective.model)
-    prompts = Prompts(run.experiment.conditioner, "", text_alone, objective.model.guidance)
+    prompts = Prompts(run.experiment.conditioner.placed(where), "", text_alone, objective.model.guidance)
     return Pipeline(f"{config.model.kind}, step {run.step}", run, prompts, stages, codec, defaults, where)
 
 
@@ -120,11 +120,7 @@ def load(path: str | Path, weights: str = "ema", layout: str = "", devices: int 
     together, on all devices, by the layout of the training if they are given none; each returns all videos. Parameters
     are read straight to where they belong: none is ever whole on a device that holds a part of it.
     """
-    if weights not in ("ema", "params"):
-        raise UserError(f"weights={weights!r} is unknown: use ema or params")
     alone = not layout and jax.process_count() == 1
-    if alone and devices:
-        raise UserError(f"devices={devices} is of no use without a layout: give one of {', '.join(layouts.LAYOUTS)}")
     parts: Json = {}
 
     def place(meta: Json, tree: PyTree) -> PyTree:
