@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 
 from vgjax import convert, evaluate, experiment
 from vgjax.data import storage, video
-from vgjax.data.decode import read_clip
 from vgjax.data.embeddings import Embeddings
 from vgjax.errors import USER, UserError
 from vgjax.nn import lora
@@ -118,8 +117,9 @@ def test_a_run_is_sampled_by_one_process_or_two_and_differs_from_what_it_began_w
     job = [sys.executable, "launch/local.py", "2", "vgjax.sample", "--checkpoint", run, *args, "--layout", "fsdp"]
     ran = subprocess.run([*map(str, job), "--out", str(home / "job")], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    both = (read_clip(home / name / "000.mp4", 5, (32, 32)).astype(int) for name in ("sampled", "job"))
-    assert np.abs(np.subtract(*both)).max() <= 3
+    # Of every frame, before the encoder makes more of what is one level of rounding.
+    sheets = (video.read_image(home / name / "contact_sheet.png").astype(int) for name in ("sampled", "job"))
+    assert np.abs(np.subtract(*sheets)).max() <= 1
     folder, tuned = tune.tuned(run)
     options = dict(frames=5, size=(32, 32), steps=2)
     ours, before = (pipeline(Store(folder, tuned=one))([CAPTIONS[0]], **options) for one in (tuned, None))

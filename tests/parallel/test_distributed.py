@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL, program, started
 
-from vgjax.data.decode import read_clip
+from vgjax.data.video import read_image
 from vgjax.errors import HUNG, PREEMPTED, USER, UserError
 from vgjax.parallel import distributed, layouts
 
@@ -223,9 +223,9 @@ def test_several_processes_sample_the_videos_of_one(trained, tmp_path):
     two = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, capture_output=True, text=True)
     assert two.returncode == 0, two.stdout + two.stderr
     assert "in 2 process(es)" in two.stdout and "2 videos in" in two.stdout
-    for file in ("000.mp4", "001.mp4"):
-        ours, theirs = (read_clip(tmp_path / name / file, 5, (16, 16), fps=8) for name in ("two", "one"))
-        assert np.abs(ours.astype(int) - theirs).max() <= 3
+    # Of every frame, before the encoder makes more of what is one level of rounding.
+    sheets = (read_image(tmp_path / name / "contact_sheet.png").astype(int) for name in ("two", "one"))
+    assert np.abs(np.subtract(*sheets)).max() <= 1
 
 
 @pytest.mark.parametrize("module", ["encode", "evaluate"])
