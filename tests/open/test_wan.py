@@ -80,15 +80,21 @@ def test_eight_steps_give_the_latents_and_frames_of_the_reference(pairs, picture
     parity.near(np.clip(sampler.codec.frames(ours) / 2 + 0.5, 0, 1), frames, 1e-3, 1e-3)
 
 
-@pytest.mark.parametrize("kind", layouts.LAYOUTS)
-def test_every_layout_samples_the_latents_of_one_device(pairs, kind):
+@pytest.fixture(scope="module")
+def alone(pairs):
+    """(the folder of two experts, all that a sampling takes, the latents of one device)."""
     _, sampler = pairs("two experts")
     use = wan.settings(sampler.source, steps=4, frames=5, size=SIZE)
     noise = jax.random.normal(jax.random.key(3), (1, *sampler.codec.latent_shape(use.frames, use.size)))
-    context = sampler.condition(PROMPTS[:1], use)
-    spread = pipeline(Store(sampler.source.folder, where=layouts.find(kind, 8)))
-    alone = sampler.latents(context, use, starts=noise)
-    np.testing.assert_allclose(spread.latents(context, use, starts=noise), alone, atol=1e-4)
+    asked = sampler.condition(PROMPTS[:1], use), use
+    return sampler.source.folder, asked, noise, sampler.latents(*asked, starts=noise)
+
+
+@pytest.mark.parametrize("kind", layouts.LAYOUTS)
+def test_every_layout_samples_the_latents_of_one_device(alone, kind):
+    folder, asked, noise, latents = alone
+    spread = pipeline(Store(folder, where=layouts.find(kind, 8)))
+    np.testing.assert_allclose(spread.latents(*asked, starts=noise), latents, atol=1e-4)
 
 
 def test_the_scheduler_names_the_stepper_and_another_one_may_be_asked_for(pairs):
