@@ -2,8 +2,8 @@
 
 For a VAE: PSNR and SSIM on held-out clips. For a flow, a finetuning or a converted folder: velocity loss in timestep
 bins with fixed noise, its VAE's PSNR and SSIM, and, in a world that can be read by rules, how often a sampled clip
-shows what its caption says. With `nearest`, whether each caption's sample lies nearest to its own training clip in
-latent space.
+shows what its caption says; of a flow that may be given frames, also where it is given the first. With `nearest`,
+whether each caption's sample lies nearest to its own training clip in latent space.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
 from vgjax.data.storage import writing
 from vgjax.errors import Diverged, UserError, door
+from vgjax.flow.known import beginning
 from vgjax.flow.path import errors, sample_keys
 from vgjax.flow.steppers import Velocity
 from vgjax.metrics import prompt
@@ -37,7 +38,7 @@ from vgjax.parallel.distributed import fetch
 from vgjax.pipeline import trained
 from vgjax.pipeline.codec import Codec
 from vgjax.pipeline.opening import load
-from vgjax.pipeline.pipeline import Pipeline
+from vgjax.pipeline.pipeline import Contexts, Pipeline
 from vgjax.training import checkpoint, program
 from vgjax.training.log import Log, keep_until
 from vgjax.typing import Array, Config, Context, Json, Params, PyTree
@@ -104,6 +105,18 @@ def prompt_accuracy(sampler: Pipeline, captions: list[str], world: shapes.World,
     return prompt.accuracy(list(sampler(captions, seed=seed)), captions, world)
 
 
+def given_first(sampler: Pipeline, clips: list[Example], world: shapes.World, seed: int = 0) -> dict[str, float]:
+    """As `prompt_accuracy`, of samples that begin with the first frame of clips; `psnr` of that frame in dB."""
+    use, videos = sampler.defaults(), np.stack([clip.array for clip in clips])
+    captions = [clip.caption for clip in clips]
+    known = beginning(sampler.codec.encode(videos[:, :1]), sampler.codec.latent_shape(use.frames, use.size)[0])
+    sides = sampler.condition(captions, use)
+    sides = Contexts(*(side and side._replace(known=known) for side in sides))
+    out, _ = sampler.codec.decode(sampler.latents(sides, use, seed), min(use.batch, len(clips)), use.tile)
+    decibel = [_compared(one[None, :1], clip[None, :1])[0] for one, clip in zip(out, videos, strict=True)]
+    return prompt.accuracy(list(out), captions, world) | {"psnr": float(np.mean(decibel))}
+
+
 def nearest(sampler: Pipeline, source: Folder, clip: Clip, per_clip: int = 4, windows: int = 16, seed: int = 0) -> Json:
     """Whether each caption's sample lies nearest, among random windows of every clip, to its own clip (latent L2).
 
@@ -150,6 +163,8 @@ def report(config: ConfigDict, plan: Plan, codec: Codec, pipeline: Pipeline | No
         for split, name in (("val", "held-out prompts"), ("novel", "never-trained combinations")):
             captions = experiment.captions(config, split)[: plan.prompts]
             table[name] = prompt_accuracy(pipeline, captions, world)
+        if "known" in config:
+            table["first frame given"] = given_first(pipeline, clips, world)
     if plan.nearest:
         clip = Clip(data.frames, tuple(data.size), data.fps)
         table["nearest"] = nearest(pipeline, experiment.source(config, "train"), clip)

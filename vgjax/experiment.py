@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from vgjax.data import shapes, text
 from vgjax.data.sources import Folder
 from vgjax.errors import UserError, check_finite
+from vgjax.flow.known import CHANNELS, Given
 from vgjax.flow.path import check_seed
 from vgjax.flow.time import TIMES, Shift
 from vgjax.models import causal_vae, clip, crossdit, hunyuan_vae, llama, mmdit, t5, wan_vae
@@ -86,7 +87,7 @@ class Data:
 EVERY = {"seed", "precision", "objective", "model", "data", "optim", "train", "layout", "evaluate"}
 SECTIONS = {
     "vae": EVERY,
-    "flow": EVERY | {"tokenizer", "text", "time", "shift", "vae", "latents", "sample"},
+    "flow": EVERY | {"tokenizer", "text", "time", "shift", "vae", "latents", "sample", "known"},
     "finetune": EVERY | {"weights", "component", "lora", "time", "shift", "latents", "sample"},
 }
 KINDS = {module: kind for kind, (module, _) in MODELS.items()}
@@ -155,10 +156,12 @@ def build(config: ConfigDict, vae: ConfigDict | None = None) -> Experiment:
     conditioner, encoder = text_of(config, dtype)
     of_model = {"channels": frozen.latent_channels, "text_dim": encoder.dim, "pooled_dim": encoder.pooled}
     attention = layouts.named(config.layout.kind).attention()
-    known = MODELS.get(config.model.get("kind"), MODELS["mmdit"])[0].__dataclass_fields__
-    of_model = {name: width for name, width in of_model.items() if name in known}  # not all take a pooled text
+    fields = MODELS.get(config.model.get("kind"), MODELS["mmdit"])[0].__dataclass_fields__
+    of_model = {name: width for name, width in of_model.items() if name in fields}  # not all take a pooled text
+    known = call("config.known", Given, config.known) if "known" in config else None
+    of_model |= {"conditions": CHANNELS} if known else {}
     velocity = model("config.model", {**of_model, **config.model}, dtype, attention=attention)
-    given = dict(model=velocity, text=encoder, vae=frozen, **_times(config))
+    given = dict(model=velocity, text=encoder, vae=frozen, known=known, **_times(config))
     return Experiment(config, call("config.objective", FlowObjective, rest, **given), conditioner)
 
 
@@ -326,7 +329,7 @@ def sections(config: ConfigDict) -> str:
     kind = config.get("objective", {}).get("kind")
     if kind not in SECTIONS:
         raise UserError(f"config.objective.kind={kind!r} is unknown: use one of {', '.join(SECTIONS)}")
-    known, optional = SECTIONS[kind], {"evaluate"} if kind == "finetune" else set()
+    known, optional = SECTIONS[kind], {"evaluate"} if kind == "finetune" else {"known"}
     if kind == "flow" and config.get("text", {}).get("kind", "learned") != "learned":
         known = known - {"tokenizer"}  # frozen encoders have their own
     for key in config:

@@ -129,6 +129,11 @@ def check(built: experiment.Experiment, plan: Schedule) -> None:
     _, accumulate = experiment.players(config.optim, plan.steps, objective.players)
     evaluate.plan_of(config)
     shape = built.vae.latent_shape(data.frames, *data.size)
+    if "known" in config and shape[0] == 1:
+        raise UserError(
+            f"config.known: clips of config.data.frames={data.frames} are one latent frame; when it is given "
+            "nothing is left to make: take longer clips, or leave the section out"
+        )
     if objective.begins_published:
         store = Store(Path(config.weights))
         family_of(store).settings(store, **tune.sampled(config.to_dict()))

@@ -25,13 +25,23 @@ class Straight:
 
 
 def errors(
-    v: Velocity, x: Float[Array, "b ..."], t: Float[Array, " b"], keys: Key, path: Straight = Straight()
+    v: Velocity,
+    x: Float[Array, "b ..."],
+    t: Float[Array, " b"],
+    keys: Key,
+    path: Straight = Straight(),
+    where: Float[Array, "b ..."] | None = None,
 ) -> Float[Array, " b"]:
-    """Squared velocity error of each sample at its time `t`, with noise from its key."""
+    """Squared velocity error of each sample at its time `t`, with noise from its key; the mean of where `where` is
+    1."""
     noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
     mixed, velocity = path.mix(noise, x, t)
     out, _ = v(mixed, t, None)
-    return reduce(jnp.square(out.astype(jnp.float32) - velocity), "b ... -> b", "mean")
+    square = jnp.square(out.astype(jnp.float32) - velocity)
+    if where is None:
+        return reduce(square, "b ... -> b", "mean")
+    where = jnp.broadcast_to(where, square.shape)
+    return reduce(where * square, "b ... -> b", "sum") / reduce(where, "b ... -> b", "sum")
 
 
 def precondition(network: Velocity) -> Velocity:

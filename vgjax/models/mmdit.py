@@ -67,6 +67,7 @@ class MMDiT(nn.Module):
     """`MMDiT(**SIZES["b"], channels=16, text_dim=512, pooled_dim=512)`: velocity of latents, fp32.
 
     channels, text_dim, pooled_dim: widths of the latents, of the text tokens and of the pooled text vector.
+    conditions: channels that stand behind the latents in the input.
     rope_dims, theta: channels of a head for t, h, w (None: like 16, 56, 56 of 128) and the period of the slowest.
     guidance: embed the scale of a guidance-distilled model. remat, scan: see `nn.stack`.
     dtype: of the matmuls; norms, modulation, gates and softmax are fp32. stream: type of the residual stream between
@@ -81,6 +82,7 @@ class MMDiT(nn.Module):
     channels: int
     text_dim: int
     pooled_dim: int
+    conditions: int = 0
     mlp_ratio: float = 4.0
     patch: tuple[int, int, int] = (1, 2, 2)
     rope_dims: tuple[int, int, int] | None = None
@@ -102,8 +104,9 @@ class MMDiT(nn.Module):
         mask: Bool[Array, "b m"],
         vec: Float[Array, "b p"],
         guidance: Float[Array, " b"] | None = None,
-    ) -> Float[Array, "b t h w z"]:
-        """x: noisy latents; t: 0 noise to 1 data; c, mask, vec: text tokens, which of them are real, pooled text."""
+    ) -> Float[Array, "b t h w c"]:
+        """x: noisy latents (and conditions); t: 0 noise to 1 data; c, mask, vec: text tokens, which of them are real,
+        pooled text."""
         grid = self._check(x, c, vec, guidance)
         tokens, places = patch.patchify(x, self.patch), patch.positions(grid)[None]
         ones = jnp.ones(tokens.shape[:2], jnp.int32)
@@ -122,7 +125,7 @@ class MMDiT(nn.Module):
         of_c: Int[Array, "b m"],
         vec: Float[Array, "b s p"],
         guidance: Float[Array, "b s"] | None = None,
-    ) -> Float[Array, "b n a"]:
+    ) -> Float[Array, "b n _"]:
         """Rows of `s` samples of any sizes, one behind the other: the velocity of every patch.
 
         x: patches (`nn.patch`), places: where each lies in its own video, of_x and of_c: to which sample of the row a
@@ -166,7 +169,8 @@ class MMDiT(nn.Module):
 
     def _check(self, x: Array, c: Array, vec: Array, guidance: Array | None) -> tuple[int, int, int]:
         """The grid of patches; a `UserError` for sizes that do not fit each other."""
-        wanted = {"channels": (self.channels, x), "text_dim": (self.text_dim, c), "pooled_dim": (self.pooled_dim, vec)}
+        wanted = {"channels + conditions": (self.channels + self.conditions, x)}
+        wanted |= {"text_dim": (self.text_dim, c), "pooled_dim": (self.pooled_dim, vec)}
         dit.check(self.dim, self.heads, self._rope_dims, wanted)
         if self.guidance != (guidance is not None):
             raise UserError(

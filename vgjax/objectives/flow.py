@@ -10,12 +10,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from vgjax.flow.known import Given, place
 from vgjax.flow.path import Straight, errors, precondition, sample_keys
 from vgjax.flow.steppers import Velocity
 from vgjax.flow.time import Shift, Uniform
 from vgjax.losses.mean import pair
 from vgjax.nn.codec import from_uint8, to_unit
-from vgjax.typing import Array, Context, Float, Key, Module, Params, PyTree
+from vgjax.typing import Array, Context, Float, Key, Known, Module, Params, PyTree
+
+GIVEN = 1  # what a key of a step is folded with for the frames that are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,8 @@ class FlowObjective:
     """One player, `velocity`: `{"model": MM-DiT, "text": what reads the text}`. The VAE is frozen.
 
     With `precondition` the network gives what the best linear guess leaves over (see `flow.path.precondition`); models
-    trained elsewhere as plain velocities have it off.
+    trained elsewhere as plain velocities have it off. known: which frames some samples begin with; their loss is that
+    of the other frames.
     """
 
     model: Module  # a Linen MMDiT
@@ -33,6 +37,7 @@ class FlowObjective:
     shift: Shift = Shift()
     path: Straight = Straight()
     precondition: bool = False
+    known: Given | None = None
     bins: int = 4
     players: ClassVar[tuple[str, ...]] = ("velocity",)
     of_latents: ClassVar[bool] = True
@@ -54,7 +59,7 @@ class FlowObjective:
         of_model, of_text = jax.random.split(key)
         (tokens, vec), variables = self.text.init_with_output(of_text, batch["context"], method="read")
         t = jnp.zeros(batch["x"].shape[:1])
-        inputs = batch["x"], t, *tokens, vec, self._told(batch["context"], t)
+        inputs = self._seen(batch["x"], batch["context"]), t, *tokens, vec, self._told(batch["context"], t)
         model = self.model.init(of_model, *inputs)["params"]
         return {"velocity": {"model": model, "text": variables["params"]}}
 
@@ -76,6 +81,10 @@ class FlowObjective:
         keys = jax.vmap(lambda k: jax.random.split(k))(sample_keys(key, batch["index"]))
         n = self.model.tokens(batch["x"].shape[1:4])
         t = self.drawn(keys[:, 0], n)
+        if self.known:
+            of_known = sample_keys(jax.random.fold_in(key, GIVEN), batch["index"])
+            mask = self.known.masks(of_known, batch["x"].shape[1])
+            batch = batch | {"context": batch["context"]._replace(known=Known(mask * batch["x"], mask))}
         errors = self.errors(params, batch, t, keys[:, 1])
         metrics = {"loss": pair(errors)}
         which = jnp.clip((t * self.bins).astype(jnp.int32), 0, self.bins - 1)
@@ -88,8 +97,10 @@ class FlowObjective:
         return self.shift(self.time.sample(keys), tokens)
 
     def errors(self, params: Params, batch: PyTree, t: Float[Array, " b"], keys: Key) -> Float[Array, " b"]:
-        """Squared velocity error of each sample at its time `t`, with noise from its key."""
-        return errors(self.bind(params, batch["context"]), batch["x"], t, keys, self.path)
+        """Squared velocity error of each sample at its time `t`, where it is not known, with noise from its key."""
+        known = batch["context"].known
+        unknown = None if known is None else 1 - known.mask
+        return errors(self.bind(params, batch["context"]), batch["x"], t, keys, self.path, unknown)
 
     def bind(self, params: Params, context: Context) -> Velocity:
         """The velocity of a Context, at a scalar `t` or one a sample. The text is read once."""
@@ -98,9 +109,13 @@ class FlowObjective:
 
         def v(x: Float[Array, "b t h w c"], t: Float[Array, "..."], memory: PyTree) -> tuple[Array, PyTree]:
             t = jnp.broadcast_to(t, x.shape[:1])
-            return self.model.apply({"params": own["model"]}, x, t, *tokens, vec, self._told(context, t)), memory
+            seen = self._seen(x, context)
+            return self.model.apply({"params": own["model"]}, seen, t, *tokens, vec, self._told(context, t)), memory
 
         return precondition(v) if self.precondition else v
+
+    def _seen(self, x: Float[Array, "b t h w c"], context: Context) -> Float[Array, "b t h w _"]:
+        return place(x, context.known) if self.known else x
 
     def _told(self, context: Context, t: Float[Array, " b"]) -> Float[Array, " b"] | None:
         """The scale that a guidance-distilled model is told: 1 where the Context says none."""

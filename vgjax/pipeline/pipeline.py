@@ -45,11 +45,11 @@ class Prompts:
 
     conditioner: Conditioner
     negative: str
-    image: Callable[[UInt8[np.ndarray, "h w 3"] | None, int, tuple[int, int]], Context]
+    image: Callable[[UInt8[np.ndarray, "_h _w 3"] | None, int, tuple[int, int]], Context]
     tells: bool
 
     def __call__(
-        self, prompts: Sequence[str], use: Settings, negative: str | None, image: UInt8[np.ndarray, "h w 3"] | None
+        self, prompts: Sequence[str], use: Settings, negative: str | None, image: UInt8[np.ndarray, "_h _w 3"] | None
     ) -> Contexts:
         """The Context of prompts, and that of a negative one where `use` guides."""
         n, seen = len(prompts), self.image(image, use.frames, use.size)
@@ -100,7 +100,7 @@ class Pipeline:
         prompts: Sequence[str],
         seed: int = 0,
         negative: str | None = None,
-        image: UInt8[np.ndarray, "h w 3"] | None = None,
+        image: UInt8[np.ndarray, "_h _w 3"] | None = None,
         **changed: Any,
     ) -> UInt8[np.ndarray, "n t h w 3"]:
         """Videos of `prompts`; sample i's noise depends on `(seed, i)` alone. changed: fields of `Settings`."""
@@ -116,7 +116,7 @@ class Pipeline:
         prompts: Sequence[str],
         seed: int = 0,
         negative: str | None = None,
-        image: UInt8[np.ndarray, "h w 3"] | None = None,
+        image: UInt8[np.ndarray, "_h _w 3"] | None = None,
         first: int = 0,
         **changed: Any,
     ) -> Float[np.ndarray, "n t h w c"]:
@@ -130,7 +130,7 @@ class Pipeline:
         prompts: Sequence[str],
         use: Settings,
         negative: str | None = None,
-        image: UInt8[np.ndarray, "h w 3"] | None = None,
+        image: UInt8[np.ndarray, "_h _w 3"] | None = None,
     ) -> Contexts:
         """What `latents` takes of prompts and an image."""
         if not prompts:

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image, ImageOps
 
 from vgjax import experiment
 from vgjax.errors import UserError
+from vgjax.flow.known import beginning
 from vgjax.flow.sampling import Settings
 from vgjax.flow.schedule import Schedule
 from vgjax.flow.steppers import Velocity
@@ -67,6 +69,15 @@ def text_alone(image: UInt8[np.ndarray, "h w 3"] | None, frames: int, size: tupl
     return Context({})
 
 
+def first_frame(codec: Codec, image: UInt8[np.ndarray, "h w 3"] | None, frames: int, size: tuple[int, int]) -> Context:
+    """What a model that may be given its first frames takes of an image: scaled to cover `size`, its middle."""
+    if image is None:
+        return Context({})
+    fitted = ImageOps.fit(Image.fromarray(image), size[::-1], Image.Resampling.BICUBIC)
+    z = codec.encode(np.asarray(fitted)[None, None])
+    return Context({}, known=beginning(z, codec.latent_shape(frames, size)[0]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """The velocity of an objective, as stages make it."""
@@ -94,7 +105,8 @@ def pipeline(run: Run, where: Placement | None = None) -> Pipeline:
         return [Stage(opened, schedule_of(objective, use, shape), use.cfg[0])]
 
     codec = codec_of(objective.codec, run.frozen, where, objective.model)
-    prompts = Prompts(run.experiment.conditioner.placed(where), "", text_alone, objective.model.guidance)
+    seen = functools.partial(first_frame, codec) if objective.known else text_alone
+    prompts = Prompts(run.experiment.conditioner.placed(where), "", seen, objective.model.guidance)
     return Pipeline(f"{config.model.kind}, step {run.step}", run, prompts, stages, codec, defaults, where)
 
 

@@ -19,6 +19,7 @@ from vgjax.errors import UserError
 OPEN = (
     "data",
     "evaluate",
+    "known",
     "layout",
     "lora",
     "model",
@@ -30,6 +31,7 @@ OPEN = (
     "tokenizer",
     "train",
 )
+MADE = ("known",)  # sections that a file may leave out
 
 
 def start(absent: bool = False) -> None:
@@ -54,9 +56,9 @@ def start(absent: bool = False) -> None:
 def read_config(argv: list[str], usage: str, workdir: bool = True) -> tuple[ConfigDict, ConfigDict, str | None]:
     """(config, the file's own values, workdir) of `--config FILE[:ARG] [--config.key=value ...] --workdir DIR`.
 
-    A flag may also set an option of an `OPEN` section that the file does not name, written with `=`; `experiment.call`
-    refuses what is no option. `--config.layout=NAME` is short for its `kind`. Without `workdir` that flag may be
-    missing.
+    A flag may also set an option of an `OPEN` section that the file does not name, written with `=`, and so begin a
+    section of `MADE`; `experiment.call` refuses what is no option. `--config.layout=NAME` is short for its `kind`.
+    Without `workdir` that flag may be missing.
     """
     named = [(arg, after) for arg, after in itertools.pairwise([*argv[1:], ""]) if re.match(r"--?config(=|$)", arg)]
     if not named:
@@ -69,7 +71,7 @@ def read_config(argv: list[str], usage: str, workdir: bool = True) -> tuple[Conf
     config, flagset = _parse([argv[0], *rest], usage)
     with config.unlocked():
         for section, option, value in added:
-            config[section][option] = value
+            config[section] = {**config.get(section, {}), option: value}
     if workdir and not flagset.workdir:
         raise UserError(f"command line: --workdir is missing; {usage}")
     return config, defaults, flagset.workdir
@@ -112,7 +114,7 @@ def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tupl
         key, equals, value = re.fullmatch(r"(?:--?config\.([\w.]+))?(=?)(.*)", arg, re.DOTALL).groups()
         section, _, option = (key or "").partition(".")
         own = defaults.get(section)
-        own = own if isinstance(own, ConfigDict) else {option: 0}
+        own = own if isinstance(own, ConfigDict) else {} if own is None and section in MADE else {option: 0}
         # Absl's flags have a type: they neither take None nor give another value to what is None.
         free = option not in own or value == "None" or (option.isidentifier() and own[option] is None)
         if equals and section in OPEN and option.isidentifier() and free:
