@@ -138,7 +138,7 @@ def test_sizes_that_do_not_fit_are_named():
     for change, message in [
         (dict(heads=5), "dim 24 does not divide into heads 5"),
         (dict(rope_dims=(4, 4, 6)), r"\(4, 4, 6\) .* head size 12"),
-        (dict(channels=4), "channels is 4 .* last dim of 3"),
+        (dict(channels=4), r"channels \+ conditions is 4 .* last dim of 3"),
         (dict(text_dim=11), "text_dim is 11 .* last dim of 10"),
         (dict(guidance=False), "guidance is False"),
         (dict(patch=(2, 2, 2)), "3x4x4 does not divide into patches of 2x2x2; the nearest that does is"),
