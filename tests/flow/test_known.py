@@ -11,7 +11,7 @@ from vgjax.flow.known import Given, beginning, place
 from vgjax.typing import Known
 
 
-def counts(given, frames, number=2000):
+def shares(given, frames, number=2000):
     masks = given.masks(path.sample_keys(jax.random.key(0), jnp.arange(number, dtype=jnp.uint32)), frames)
     assert masks.shape == (number, frames, 1, 1, 1)
     found = masks[:, :, 0, 0, 0].sum(1).astype(int)
@@ -19,14 +19,13 @@ def counts(given, frames, number=2000):
     return np.bincount(found, minlength=frames + 1) / number
 
 
-def test_each_mode_has_its_share_and_a_prefix_any_length_but_the_whole():
-    shares = counts(Given(text=0.5, first=0.2, prefix=0.3), 4)
-    np.testing.assert_allclose(shares, [0.5, 0.3, 0.1, 0.1, 0], atol=0.03)
-    np.testing.assert_allclose(counts(Given(prefix=1.0), 2), [0, 1, 0])
+def test_each_mode_has_its_share():
+    np.testing.assert_allclose(shares(Given(text=0.7, first=0.3), 4), [0.7, 0.3, 0, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(Given(first=1.0), 2), [0, 1, 0])
 
 
 def test_what_is_given_depends_on_the_sample_alone():
-    given, key = Given(text=0.3, first=0.3, prefix=0.4), jax.random.key(3)
+    given, key = Given(text=0.5, first=0.5), jax.random.key(3)
     all_of_them = given.masks(path.sample_keys(key, jnp.arange(8, dtype=jnp.uint32)), 5)
     np.testing.assert_array_equal(
         given.masks(path.sample_keys(key, jnp.arange(4, 8, dtype=jnp.uint32)), 5), all_of_them[4:]
@@ -54,6 +53,11 @@ def test_the_loss_is_that_of_the_other_frames():
         path.errors(wrong(0), x, t, keys, where=jnp.ones_like(mask)), path.errors(wrong(0), x, t, keys)
     )
     assert of_all.shape == (2,)
+
+
+def test_a_section_that_gives_nothing_is_refused():
+    with pytest.raises(UserError, match="text=1 gives no sample a frame"):
+        Given(text=1.0)
 
 
 @pytest.mark.parametrize("shares", [dict(text=0.5), dict(text=0.7, first=0.4), dict(text=1.5, first=-0.5), {}])

@@ -12,8 +12,7 @@ from vgjax.errors import UserError
 from vgjax.pipeline.opening import load
 from vgjax.training.program import read_config
 
-GIVEN = ["--config", "tests/tiny.py:dit"]
-GIVEN += ["--config.known.text=0.3", "--config.known.first=0.4", "--config.known.prefix=0.3"]
+GIVEN = ["--config", "tests/tiny.py:dit", "--config.known.text=0.4", "--config.known.first=0.6"]
 
 
 @pytest.fixture(scope="module")
@@ -68,4 +67,4 @@ def test_clips_of_one_latent_frame_leave_nothing_to_make(run):
 
 def test_shares_that_do_not_sum_are_refused(trained):
     ran = program("train", *GIVEN, "--config.known.text=0.9", "--workdir", trained / "unshared")
-    assert ran.returncode == errors.USER and "config.known: text=0.9, first=0.4" in ran.stderr.splitlines()[-1]
+    assert ran.returncode == errors.USER and "config.known: text=0.9, first=0.6" in ran.stderr.splitlines()[-1]

@@ -1,7 +1,8 @@
 """Clean latent frames that a sample begins with: which, and how the model is told of them.
 
-A causal VAE makes the latents of the first frames of a clip from these frames alone, so that nothing of what is still
-to come is in what is given, and a picture is encoded as the first frame of a video is.
+A causal VAE makes the first latent frame of a clip from the first frame alone, so that nothing of what is still to come
+is in what is given, and a picture is encoded as the first frame of a video is. (HunyuanVideo's VAE is an exception: its
+norms take the statistics of the whole clip.)
 """
 
 import dataclasses
@@ -21,31 +22,26 @@ CHANNELS = 1  # behind the latents
 class Given:
     """The `known` section: in which share of the samples is what given.
 
-    text: nothing but the caption. first: the first latent frame, that is one picture. prefix: from one latent frame to
-    all but one, each number as often. Frames are given in place, clean, as in HunyuanVideo's token replacement and
-    Wan's TI2V, and a channel behind the latents says where, as in SVD (Blattmann et al. 2023).
+    text: nothing but the caption. first: the first latent frame, that is one picture. It stands clean in its place, as
+    in HunyuanVideo's token replacement and Wan's TI2V, and a channel behind the latents says where, as in SVD
+    (Blattmann et al. 2023).
     """
 
     text: float = 0.0
     first: float = 0.0
-    prefix: float = 0.0
 
     def __post_init__(self) -> None:
         shares = dataclasses.asdict(self)
         listed = ", ".join(f"{name}={share:g}" for name, share in shares.items())
         if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
             raise UserError(f"config.known: {listed} are no shares of the samples: each in [0, 1], together 1")
+        if self.text == 1:
+            raise UserError("config.known: text=1 gives no sample a frame: give first a share or leave it out")
 
     def masks(self, keys: Key, frames: int) -> Float[Array, "b t 1 1 1"]:
         """1 at the latent frames that are given to each sample, from its key alone."""
-
-        def count(key: Key) -> Array:
-            of_mode, of_length = jax.random.split(key)
-            drawn = jax.random.uniform(of_mode)
-            length = jax.random.randint(of_length, (), 1, max(2, frames))
-            return jnp.where(drawn < self.text, 0, jnp.where(drawn < self.text + self.first, 1, length))
-
-        return _beginning(jax.vmap(count)(keys), frames)
+        drawn = jax.vmap(jax.random.uniform)(keys)
+        return _beginning((drawn >= self.text).astype(jnp.int32), frames)
 
 
 def place(x: Float[Array, "b t h w c"], known: Known | None) -> Float[Array, "b t h w _"]:
