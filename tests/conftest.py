@@ -51,6 +51,7 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish(session):
     forks.end()
+    gc.freeze()  # at its end pytest collects garbage five times, which in gigabytes of programs takes a minute
 
 
 def program(module: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
