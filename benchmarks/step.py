@@ -3,8 +3,8 @@
     python benchmarks/step.py
 
 Each form runs in a process of its own, in turns, so that the ratios survive a noisy machine; the median step of the
-best of `ROUNDS` counts. `glibc` is the allocator's default, `kept` what `launch/environment.sh` sets (`keep_memory`); 4
-iterations are Muon's default, 2 the quickstart's. Writes benchmarks/results/step_cpu.json: milliseconds and page faults
+best of `ROUNDS` counts. `glibc` is the allocator's default, `kept` what `launch/environment.sh` sets (`keep_memory`); 5
+iterations are Muon's default, 3 the quickstart's. Writes benchmarks/results/step_cpu.json: milliseconds and page faults
 a step.
 """
 
@@ -31,7 +31,7 @@ from vgjax.training.players import alike
 from vgjax.typing import Context, Tokens
 
 ROUNDS, STEPS = 3, 12
-FORMS = (("glibc", 4), ("kept", 4), ("kept", 2))
+FORMS = (("glibc", 5), ("kept", 5), ("kept", 3))
 
 
 def main() -> None:

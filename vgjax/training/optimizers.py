@@ -48,14 +48,14 @@ def muon(
     weight_decay: float = 0.0,
     momentum: float = 0.95,
     adam: float = 0.4,
-    iterations: int = 4,
+    iterations: int = 5,
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW at `adam` times the rate for everything else.
 
     Updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable", section 2.2), so that rates carry
     over. `iterations` of Newton-Schulz, see `orthogonal`.
     """
-    # Without iterations of its own this is Nesterov's momentum, divided by its norm.
+    # Without iterations of its own this is Nesterov's momentum, divided by its Frobenius norm.
     momentum_alone = scale_by_muon(ns_steps=0, beta=momentum, eps=eps, weight_dimension_numbers=hidden_matrices)
 
     def turned(path: tuple, leaf: jax.Array) -> jax.Array:

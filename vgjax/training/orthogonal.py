@@ -1,6 +1,5 @@
 """The nearest orthogonal matrices of Muon, roughly, by Newton-Schulz iterations (Jordan et al. 2024)."""
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 
@@ -13,24 +12,15 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of x, x^3 and x^5; singular values end
 LONG = 1.5
 
 
-def orthogonal(x: Float[Array, "b n m"], iterations: int, eps: float = 1e-8) -> Float[Array, "b n m"]:
-    """`U p(S) V^T` of matrices `U S V^T`, whatever their scale; `p` nears 1 with each iteration.
-
-    Rows are first divided by the roots of their bounds, the sums of `|x x^T|`: singular values then begin at most at 1
-    and larger than behind the Frobenius norm, which saves one iteration (Boissin et al. 2025, "Turbo-Muon",
-    arXiv:2512.04632).
-    """
+def orthogonal(x: Float[Array, "b n m"], iterations: int) -> Float[Array, "b n m"]:
+    """`U p(S) V^T` of matrices `U S V^T` whose singular values are at most 1; `p` nears 1 with each iteration."""
     if x.shape[1] > x.shape[2]:
-        turned = orthogonal(rearrange(x, "b n m -> b m n"), iterations, eps)
+        turned = orthogonal(rearrange(x, "b n m -> b m n"), iterations)
         return rearrange(turned, "b m n -> b n m")
-    squares = _squares(x)
-    scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(squares), axis=-1, keepdims=True), eps))
-    squares = squares * scale * rearrange(scale, "b n 1 -> b 1 n")
     if platform() == "cpu" and x.shape[2] >= LONG * x.shape[1]:
-        return _product(squares, iterations) @ (x * scale)
-    x = x * scale
-    for i in range(iterations):
-        x = _factor(squares if i == 0 else _squares(x)) @ x
+        return _product(_squares(x), iterations) @ x
+    for _ in range(iterations):
+        x = _factor(_squares(x)) @ x
     return x
 
 
