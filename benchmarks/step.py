@@ -15,11 +15,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 from record import ROOT, write
 
@@ -27,7 +25,6 @@ from vgjax import experiment
 from vgjax.nn.codec import LatentStats
 from vgjax.parallel import layouts, sharding
 from vgjax.training import state, step
-from vgjax.training.players import alike
 from vgjax.typing import Context, Tokens
 
 ROUNDS, STEPS = 3, 12
@@ -61,22 +58,11 @@ def child(memory: str, iterations: int) -> dict:
 
 
 def measure(iterations: int) -> dict:
-    advance, times = ready(lambda config: config.optim.update(iterations=iterations)), []
-    for i in range(STEPS + 3):
-        if i == 3:
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        times.append(advance())
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    return {"step_ms": round(1e3 * float(np.median(times[3:])), 1), "page_faults": faults // STEPS}
-
-
-def ready(change: Callable[[ConfigDict], None], optimizer: optax.GradientTransformation | None = None) -> Callable:
-    """A function that makes one step of the quickstart's MM-DiT, its config changed, and gives the seconds it took."""
     sys.path.insert(0, str(ROOT / "configs"))
     import quickstart
 
     config = quickstart.get_config("dit")
-    change(config)
+    config.optim.iterations = iterations
     vae = ConfigDict({"model": quickstart.get_config("vae").model})
     built = experiment.build(config, vae)
     batch, length = config.train.batch, config.tokenizer.length
@@ -91,20 +77,20 @@ def ready(change: Callable[[ConfigDict], None], optimizer: optax.GradientTransfo
     frozen = {"vae": {}, "stats": LatentStats(np.zeros(shape[-1], np.float32), np.ones(shape[-1], np.float32))}
     layout, mesh = layouts.find("dp", 1)
     players, accumulate = experiment.players(config.optim, config.train.steps, built.objective.players)
-    players = alike(built.objective.players, optimizer) if optimizer else players
     with sharding.use(layout, mesh):
         example = jax.eval_shape(built.objective.prepare, frozen, raw)
         abstract, init = state.builder(built.objective, players, config.seed, example, layout, mesh)
-        train, at = step.make(built.objective, players, abstract, accumulate), {"now": init()}
-
-    def advance() -> float:
-        start = time.perf_counter()
-        with sharding.use(layout, mesh):
-            at["now"], metrics = train(at["now"], frozen, raw)
-        jax.block_until_ready((at["now"], metrics))
-        return time.perf_counter() - start
-
-    return advance
+        train, now = step.make(built.objective, players, abstract, accumulate), init()
+        times = []
+        for i in range(STEPS + 3):
+            if i == 3:
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = time.perf_counter()
+            now, metrics = train(now, frozen, raw)
+            jax.block_until_ready((now, metrics))
+            times.append(time.perf_counter() - start)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return {"step_ms": round(1e3 * float(np.median(times[3:])), 1), "page_faults": faults // STEPS}
 
 
 if __name__ == "__main__":

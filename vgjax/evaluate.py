@@ -26,7 +26,6 @@ from vgjax.data.pipeline import Example, examples
 from vgjax.data.sources import Clip, Folder
 from vgjax.data.storage import writing
 from vgjax.errors import Diverged, UserError, door
-from vgjax.flow.known import beginning
 from vgjax.flow.path import errors, sample_keys
 from vgjax.flow.steppers import Velocity
 from vgjax.metrics import prompt
@@ -38,7 +37,7 @@ from vgjax.parallel.distributed import fetch
 from vgjax.pipeline import trained
 from vgjax.pipeline.codec import Codec
 from vgjax.pipeline.opening import load
-from vgjax.pipeline.pipeline import Contexts, Pipeline
+from vgjax.pipeline.pipeline import Pipeline
 from vgjax.training import checkpoint, program
 from vgjax.training.log import Log, keep_until
 from vgjax.typing import Array, Config, Context, Json, Params, PyTree
@@ -107,14 +106,9 @@ def prompt_accuracy(sampler: Pipeline, captions: list[str], world: shapes.World,
 
 def given_first(sampler: Pipeline, clips: list[Example], world: shapes.World, seed: int = 0) -> dict[str, float]:
     """As `prompt_accuracy`, of samples that begin with the first frame of clips; `psnr` of that frame in dB."""
-    use, videos = sampler.defaults(), np.stack([clip.array for clip in clips])
-    captions = [clip.caption for clip in clips]
-    known = beginning(sampler.codec.encode(videos[:, :1]), sampler.codec.latent_shape(use.frames, use.size)[0])
-    sides = sampler.condition(captions, use)
-    sides = Contexts(*(side and side._replace(known=known) for side in sides))
-    out, _ = sampler.codec.decode(sampler.latents(sides, use, seed), min(use.batch, len(clips)), use.tile)
-    decibel = [_compared(one[None, :1], clip[None, :1])[0] for one, clip in zip(out, videos, strict=True)]
-    return prompt.accuracy(list(out), captions, world) | {"psnr": float(np.mean(decibel))}
+    out = [sampler([clip.caption], seed + i, image=clip.array[0])[0] for i, clip in enumerate(clips)]
+    decibel = [_compared(one[None, :1], clip.array[None, :1])[0] for one, clip in zip(out, clips, strict=True)]
+    return prompt.accuracy(out, [clip.caption for clip in clips], world) | {"psnr": float(np.mean(decibel))}
 
 
 def nearest(sampler: Pipeline, source: Folder, clip: Clip, per_clip: int = 4, windows: int = 16, seed: int = 0) -> Json:

@@ -18,7 +18,7 @@ from vgjax.losses.mean import pair
 from vgjax.nn.codec import from_uint8, to_unit
 from vgjax.typing import Array, Context, Float, Key, Known, Module, Params, PyTree
 
-GIVEN = 1  # what a key of a step is folded with for the frames that are given
+GIVEN = 1  # what the key of a time is folded with for the frames that are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class FlowObjective:
         n = self.model.tokens(batch["x"].shape[1:4])
         t = self.drawn(keys[:, 0], n)
         if self.known:
-            of_known = sample_keys(jax.random.fold_in(key, GIVEN), batch["index"])
+            of_known = jax.vmap(lambda k: jax.random.fold_in(k, GIVEN))(keys[:, 0])
             mask = self.known.masks(of_known, batch["x"].shape[1])
             batch = batch | {"context": batch["context"]._replace(known=Known(mask * batch["x"], mask))}
         errors = self.errors(params, batch, t, keys[:, 1])

@@ -1,13 +1,11 @@
 """Optimizers: AdamW or Muon with warm-up, a decay mask and a schedule, fp32 throughout."""
 
-import math
-
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from optax.contrib import MuonDimensionNumbers
+from optax.contrib import muon as optax_muon
 
 from vgjax.errors import UserError
-from vgjax.training.orthogonal import orthogonal
 from vgjax.typing import Params, PyTree
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -53,51 +51,41 @@ def muon(
     """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW at `adam` times the rate for everything else.
 
     Updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable", section 2.2), so that rates carry
-    over. `iterations` of Newton-Schulz, see `orthogonal`.
+    over.
     """
-    # Without iterations of its own this is Nesterov's momentum, divided by its Frobenius norm.
-    momentum_alone = scale_by_muon(ns_steps=0, beta=momentum, eps=eps, weight_dimension_numbers=hidden_matrices)
-
-    def turned(path: tuple, leaf: jax.Array) -> jax.Array:
-        rows, columns = (math.prod(leaf.shape[dim] for dim in dims) for dims in matrix_dims(path, leaf))
-        matrices = orthogonal(leaf.reshape(-1, rows, columns), iterations)
-        return 0.2 * math.sqrt(max(rows, columns)) * matrices.reshape(leaf.shape)
-
-    of_matrices = optax.chain(
-        momentum_alone,
-        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(turned, updates)),
-        optax.add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(rate),
+    return optax_muon(
+        rate,
+        ns_steps=iterations,
+        beta=momentum,
+        eps=eps,
+        weight_decay=weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        adam_learning_rate=lambda count: adam * rate(count),
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=hidden_matrices,
     )
-    of_others = optax.adamw(
-        lambda count: adam * rate(count), b1, b2, eps, weight_decay=weight_decay, mask=decay_mask, nesterov=True
-    )
-    return optax.partition({"muon": of_matrices, "adam": of_others}, kinds)
 
 
 # Layers inside blocks whose kernel is a matrix: (dims that are summed over, dims that come out), the kernel's last.
 MATRICES = {"qkv": (1, 2), "merge": (2, 1), "up": (1, 1), "down": (1, 1), "conv_1": (4, 1), "conv_2": (4, 1)}
 
 
-def matrix_dims(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-    """The dims of a matrix that Muon makes orthogonal, None for what AdamW trains; dims in front count matrices."""
-    names = [str(getattr(entry, "key", "")) for entry in path]
-    inside = any(name.startswith("block") for name in names)
-    if names[-1] != "kernel" or not inside or names[-2] not in MATRICES:
-        return None
-    reduced, out = MATRICES[names[-2]]
-    n = leaf.ndim
-    return MuonDimensionNumbers(tuple(range(n - out - reduced, n - out)), tuple(range(n - out, n)))
-
-
 def hidden_matrices(params: Params) -> PyTree:
-    """`matrix_dims` of each leaf."""
-    return jax.tree_util.tree_map_with_path(matrix_dims, params)
+    """The dims of each matrix that Muon makes orthogonal, None for what AdamW trains; stacks count as many."""
 
+    def one(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        names = [str(getattr(entry, "key", "")) for entry in path]
+        inside = any(name.startswith("block") for name in names)
+        if names[-1] != "kernel" or not inside or names[-2] not in MATRICES:
+            return None
+        reduced, out = MATRICES[names[-2]]
+        n = leaf.ndim
+        return MuonDimensionNumbers(tuple(range(n - out - reduced, n - out)), tuple(range(n - out, n)))
 
-def kinds(params: Params) -> PyTree:
-    """ "muon" or "adam" for each leaf."""
-    return jax.tree_util.tree_map_with_path(lambda *leaf: "adam" if matrix_dims(*leaf) is None else "muon", params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -31,7 +31,6 @@ OPEN = (
     "tokenizer",
     "train",
 )
-MADE = ("known",)  # sections that a file may leave out
 
 
 def start(absent: bool = False) -> None:
@@ -56,8 +55,8 @@ def start(absent: bool = False) -> None:
 def read_config(argv: list[str], usage: str, workdir: bool = True) -> tuple[ConfigDict, ConfigDict, str | None]:
     """(config, the file's own values, workdir) of `--config FILE[:ARG] [--config.key=value ...] --workdir DIR`.
 
-    A flag may also set an option of an `OPEN` section that the file does not name, written with `=`, and so begin a
-    section of `MADE`; `experiment.call` refuses what is no option. `--config.layout=NAME` is short for its `kind`.
+    A flag may also set an option of an `OPEN` section that the file does not name, written with `=`, or begin such a
+    section; `experiment` refuses what is none. `--config.layout=NAME` is short for its `kind`.
     Without `workdir` that flag may be missing.
     """
     named = [(arg, after) for arg, after in itertools.pairwise([*argv[1:], ""]) if re.match(r"--?config(=|$)", arg)]
@@ -113,8 +112,8 @@ def _sorted(args: list[str], defaults: ConfigDict) -> tuple[list[str], list[tupl
     for arg in (re.sub(r"^--?config\.layout=", "--config.layout.kind=", arg) for arg in args):
         key, equals, value = re.fullmatch(r"(?:--?config\.([\w.]+))?(=?)(.*)", arg, re.DOTALL).groups()
         section, _, option = (key or "").partition(".")
-        own = defaults.get(section)
-        own = own if isinstance(own, ConfigDict) else {} if own is None and section in MADE else {option: 0}
+        own = defaults.get(section, ConfigDict())
+        own = own if isinstance(own, ConfigDict) else {option: 0}
         # Absl's flags have a type: they neither take None nor give another value to what is None.
         free = option not in own or value == "None" or (option.isidentifier() and own[option] is None)
         if equals and section in OPEN and option.isidentifier() and free:
